@@ -1,0 +1,162 @@
+//! The named operations the decoder is written over: one trait, a twin in candle's operations, and fused ones for the CPU.
+//!
+//! Activations are `(tokens, width)`: the new tokens of all rows one after another, no padding. Only [`Ops::attend`]
+//! knows rows. Every other operation treats each token alone, so nothing depends on which rows share a pass.
+
+use crate::{
+    error::Result,
+    model::{Forward, Room},
+};
+use candle_core::DType;
+
+/// The operations of a decoder on one kind of device and arithmetic.
+pub(crate) trait Ops: Send + Sync + 'static {
+    /// Activations, `(tokens, width)`.
+    type Act;
+    /// A matrix `(outputs, inputs)` with an optional bias, laid out as the operations like it.
+    type Weight: Send + Sync;
+    /// A vector of parameters.
+    type Vector: Send + Sync;
+    /// Cosines and sines of the tokens of one pass.
+    type Angles;
+    /// The keys and values of one row, all layers.
+    type Store: Store;
+
+    /// Packs `parts`, stacked along their outputs, as one weight; `bias` has one value per output.
+    fn weight(&self, parts: &[Matrix<'_>], bias: Option<&[f32]>) -> Result<Self::Weight>;
+    /// Bytes that `weight` takes in memory.
+    fn weight_bytes(&self, weight: &Self::Weight) -> u64;
+    /// Takes a vector of parameters.
+    fn vector(&self, values: &[f32]) -> Result<Self::Vector>;
+    /// An empty store.
+    fn store(&self, shape: StoreShape, room: Room) -> Result<Self::Store>;
+
+    /// Row `ids[i]` of `table` for each token; ids are inside the table.
+    fn embed(&self, table: &Self::Weight, ids: &[u32]) -> Result<Self::Act>;
+    /// `x * weight^T + bias`.
+    fn linear(&self, weight: &Self::Weight, x: &Self::Act) -> Result<Self::Act>;
+    /// Normalises each token.
+    fn norm(&self, norm: &Norm<Self::Vector>, x: &Self::Act) -> Result<Self::Act>;
+    /// `x + y`.
+    fn add(&self, x: Self::Act, y: &Self::Act) -> Result<Self::Act>;
+    /// `x * factor`.
+    fn scale(&self, x: Self::Act, factor: f32) -> Result<Self::Act>;
+    /// `activation(x)`.
+    fn activate(&self, activation: Activation, x: Self::Act) -> Result<Self::Act>;
+    /// `activation(gate) * up`, where each token of `x` is `[gate | up]`.
+    fn gate(&self, activation: Activation, x: Self::Act) -> Result<Self::Act>;
+    /// The rotary angles of tokens at `positions`.
+    fn angles(&self, rope: &Rope, positions: &[usize]) -> Result<Self::Angles>;
+    /// Causal self-attention. Each token of `qkv` is `[heads * head_dim | kv_heads * head_dim | kv_heads * head_dim]`.
+    /// Rotates queries and keys where `angles` are given, appends keys and values of `layer` to each row's store, and
+    /// returns `(tokens, heads * head_dim)`. The store's length grows only with [`Store::grow`], after the last layer.
+    fn attend(
+        &self,
+        attention: &Attention,
+        layer: usize,
+        qkv: Self::Act,
+        angles: Option<&Self::Angles>,
+        rows: &mut [Span<'_, Self::Store>],
+    ) -> Result<Self::Act>;
+    /// The tokens `indices` of `x`.
+    fn select(&self, x: &Self::Act, indices: &[usize]) -> Result<Self::Act>;
+    /// `x * head^T`, each value `v` becoming `cap * tanh(v / cap)` where there is a cap.
+    fn logits(&self, head: &Self::Weight, x: &Self::Act, softcap: Option<f32>) -> Result<Forward>;
+}
+
+/// The keys and values of one row. A clone shares them: writing copies only the last page, while it is shared.
+pub(crate) trait Store: Clone + Send + 'static {
+    /// Positions held.
+    fn len(&self) -> usize;
+    /// Counts the `count` positions that every layer has now written.
+    fn grow(&mut self, count: usize);
+    /// Forgets positions from `len` on; `len` is at most the length.
+    fn truncate(&mut self, len: usize) -> Result<()>;
+}
+
+/// The sizes of a store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct StoreShape {
+    pub layers: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+}
+
+/// A matrix as the checkpoint has it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Matrix<'a> {
+    /// Little-endian values of `dtype`, row-major.
+    pub bytes: &'a [u8],
+    /// F32, BF16 or F16.
+    pub dtype: DType,
+    /// Outputs.
+    pub outputs: usize,
+    /// Inputs.
+    pub inputs: usize,
+    /// Whether the file has it as `(inputs, outputs)`, like GPT-2's Conv1D.
+    pub transposed: bool,
+}
+
+/// A normalisation of each token.
+#[derive(Debug, Clone)]
+pub(crate) struct Norm<V> {
+    pub kind: NormKind,
+    pub weight: V,
+    pub bias: Option<V>,
+    pub eps: f32,
+}
+
+/// What a norm divides by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum NormKind {
+    /// The root of the mean square.
+    Rms,
+    /// The standard deviation, after taking the mean away.
+    Layer,
+}
+
+/// A function of one value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Activation {
+    /// `x * sigmoid(x)`
+    Silu,
+    /// `x * Phi(x)` with the error function.
+    Gelu,
+    /// GELU approximated by tanh, `gelu_new` and `gelu_pytorch_tanh`.
+    GeluTanh,
+    /// `max(x, 0)`
+    Relu,
+}
+
+/// Rotary position embedding: which dimensions turn, and how fast.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Rope {
+    /// Radians per position of each pair; pair `i` is dimensions `i` and `i + inv_freq.len()` of a head.
+    pub inv_freq: Vec<f32>,
+    /// Factor on cosines and sines (1 but for yarn and longrope).
+    pub scale: f32,
+}
+
+/// The shape of an attention.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Attention {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    /// Factor on the products of queries and keys.
+    pub scale: f32,
+    /// `cap * tanh(score / cap)` before the softmax.
+    pub softcap: Option<f32>,
+    /// A token sees itself and the `window - 1` positions before it.
+    pub window: Option<usize>,
+}
+
+/// One row's part of a pass.
+pub(crate) struct Span<'a, S> {
+    /// Index of its first new token among the pass's tokens.
+    pub first: usize,
+    /// Number of new tokens.
+    pub count: usize,
+    /// The row's keys and values; the first new token's position is its length.
+    pub store: &'a mut S,
+}

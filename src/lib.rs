@@ -1,0 +1,28 @@
+//! Text generation on candle: the Rust `model.generate()`.
+#![warn(missing_docs)]
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
+pub mod config;
+mod error;
+mod kernels;
+pub mod logits;
+pub mod model;
+mod models;
+mod output;
+pub mod plan;
+mod progress;
+pub mod stop;
+pub mod text;
+
+/// The tensor library, in the version that this crate is built on.
+pub use candle_core;
+pub use config::{GenerationConfig, Strategy};
+pub use error::{Error, Problem, Result};
+pub use logits::{History, LogitsProcessor};
+pub use model::{Cache, Context, Feed, Forward, Model, ModelInfo, Room, Want};
+pub use models::{Kernels, LoadOptions};
+pub use output::{FinishReason, Output, Piece, Sequence, Timings, TokenLogProb, Usage};
+pub use plan::Plan;
+pub use progress::{OnProgress, Progress, Stage};
+pub use stop::StoppingCriteria;
+pub use text::Tokenizer;

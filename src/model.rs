@@ -1,0 +1,155 @@
+//! What a model is to the rest of the crate: a value that turns new tokens and caches into logits.
+
+use crate::error::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use std::any::Any;
+
+/// A language model: immutable, shared by any number of threads. All that a sequence remembers is in its [`Cache`].
+pub trait Model: Send + Sync {
+    /// What generation has to know about the model.
+    fn info(&self) -> &ModelInfo;
+
+    /// A fresh cache for each of `sources`. An encoder-decoder model encodes the sources here, all in one pass; a
+    /// decoder-only model ignores them (its prompt is fed through [`Model::forward`]).
+    fn start(&self, sources: &[&[u32]], room: Room) -> Result<Vec<Box<dyn Cache>>>;
+
+    /// Appends each row's new tokens to its cache and computes what `want` asks for. Rows may bring different numbers
+    /// of tokens; each brings at least one. A row's result does not depend on the other rows.
+    fn forward(&self, rows: &mut [Feed<'_>], want: Want) -> Result<Forward>;
+}
+
+/// One row's part of a forward pass.
+pub struct Feed<'a> {
+    /// The ids that follow what the cache holds; at least one.
+    pub tokens: &'a [u32],
+    /// The row's memory; `tokens` are in it afterwards.
+    pub cache: &'a mut dyn Cache,
+}
+
+/// Which positions' logits a forward pass returns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Want {
+    /// None: the pass only fills the caches.
+    Nothing,
+    /// Those after each row's last new token: one row of logits per feed.
+    Last,
+    /// Those after every new token, row after row.
+    All,
+}
+
+/// How much room a fresh cache takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Room {
+    /// None at first: it grows with use.
+    #[default]
+    Grow,
+    /// This many positions at once; more are refused.
+    Reserve(usize),
+}
+
+/// What one sequence remembers, usually its keys and values.
+pub trait Cache: Send + Any {
+    /// The number of positions it holds.
+    fn len(&self) -> usize;
+
+    /// Whether it holds no position.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// A second cache with the same content. Keys and values are shared, not copied.
+    fn fork(&self) -> Box<dyn Cache>;
+
+    /// Forgets every position from `len` on; an error if it holds fewer, or if they cannot be forgotten any more.
+    fn truncate(&mut self, len: usize) -> Result<()>;
+}
+
+/// The logits of a forward pass: `rows * vocab_size` values, row after row.
+#[derive(Debug, Clone)]
+pub enum Forward {
+    /// Nothing was asked for.
+    Nothing,
+    /// In host memory.
+    Host(Vec<f32>),
+    /// On the model's device, `(rows, vocab_size)`, in any float type.
+    Device(Tensor),
+}
+
+impl Forward {
+    /// The logits in host memory, as `f32`, row after row.
+    pub fn into_host(self) -> Result<Vec<f32>> {
+        Ok(match self {
+            Self::Nothing => Vec::new(),
+            Self::Host(logits) => logits,
+            Self::Device(logits) => logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?,
+        })
+    }
+}
+
+/// What generation has to know about a model.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct ModelInfo {
+    /// The architecture's name, for instance `llama`.
+    pub name: String,
+    /// The number of logits of a position, and one more than the largest id.
+    pub vocab_size: usize,
+    /// How far positions reach.
+    pub context: Context,
+    /// Whether prompts are encoded by an encoder and generation starts from a decoder start token.
+    pub is_encoder_decoder: bool,
+    /// The device the weights are on.
+    pub device: Device,
+    /// The type of the arithmetic, which need not be the type the weights are stored in.
+    pub dtype: DType,
+    /// Bytes that the weights take in memory.
+    pub weight_bytes: u64,
+    /// Bytes that one position of one row takes in the cache.
+    pub position_bytes: u64,
+    /// The number of positions that a cache grows by at a time.
+    pub page: usize,
+}
+
+/// How far a model's positions reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Context {
+    /// Nothing limits them.
+    Unlimited,
+    /// Trained on this many, but the arithmetic goes on (rotary positions).
+    Soft(usize),
+    /// A table with this many positions: more cannot be computed.
+    Hard(usize),
+}
+
+impl Context {
+    /// The number of positions the model was made for, where it has one.
+    pub fn len(self) -> Option<usize> {
+        match self {
+            Self::Unlimited => None,
+            Self::Soft(len) | Self::Hard(len) => Some(len),
+        }
+    }
+}
+
+impl ModelInfo {
+    /// The facts that have no default; the rest (unlimited context, decoder-only, CPU, f32, a cache of no size) can be set after.
+    pub fn new(name: impl Into<String>, vocab_size: usize) -> Self {
+        Self {
+            name: name.into(),
+            vocab_size,
+            context: Context::Unlimited,
+            is_encoder_decoder: false,
+            device: Device::Cpu,
+            dtype: DType::F32,
+            weight_bytes: 0,
+            position_bytes: 0,
+            page: 1,
+        }
+    }
+}
+
+/// The concrete cache behind a feed, for implementers of [`Model`].
+pub fn downcast<C: Cache>(cache: &mut dyn Cache) -> Result<&mut C> {
+    (cache as &mut dyn Any).downcast_mut::<C>().ok_or_else(|| Error::Unsupported("a cache of another model was fed to this one".into()))
+}

@@ -1,0 +1,31 @@
+//! When a row ends, besides what its length and its end tokens say.
+
+use crate::{logits::History, output::FinishReason};
+
+/// A user's own reason to end a row, checked after each of its tokens.
+///
+/// Closures are criteria too:
+///
+/// ```
+/// use candle_generate::{FinishReason, History, StoppingCriteria};
+///
+/// let twenty = |history: &History<'_>| (history.generated().len() >= 20).then_some(FinishReason::Criteria);
+/// # fn check(_: impl StoppingCriteria) {}
+/// # check(twenty);
+/// ```
+pub trait StoppingCriteria: Send + Sync {
+    /// The reason to end the row, if there is one.
+    fn check(&self, history: &History<'_>) -> Option<FinishReason>;
+}
+
+impl<F: Fn(&History<'_>) -> Option<FinishReason> + Send + Sync> StoppingCriteria for F {
+    fn check(&self, history: &History<'_>) -> Option<FinishReason> {
+        self(history)
+    }
+}
+
+impl std::fmt::Debug for dyn StoppingCriteria {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("StoppingCriteria")
+    }
+}
