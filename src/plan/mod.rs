@@ -1,14 +1,25 @@
 //! What a call will do: config, model and tokenizer looked at together, validated once.
 
+mod chain;
+mod check;
+mod explain;
+mod merge;
+
+pub use explain::{Explanation, Setting};
+pub use merge::Origin;
+
 use crate::{
     config::{GenerationConfig, Strategy},
     error::Result,
-    logits::LogitsProcessor,
+    logits::{KeywordBoost, LogitsProcessor},
     model::{ModelInfo, Room},
     stop::StoppingCriteria,
     text::Tokenizer,
 };
-use std::{fmt, sync::Arc, time::Duration};
+use chain::Chain;
+use check::Check;
+use merge::Merged;
+use std::{sync::Arc, time::Duration};
 
 /// Everything the loop needs, decided before the first forward pass.
 #[derive(Debug, Clone)]
@@ -41,14 +52,14 @@ pub struct Plan {
     pub record: Record,
     /// Whether keys and values are kept; if not, every step computes the whole row.
     pub use_cache: bool,
-    /// The room of a fresh cache, where the config asks for a fixed one.
-    pub room: Room,
+    /// The room of a fresh cache.
+    pub capacity: Capacity,
     /// Tokens of a prompt computed in one pass.
     pub prefill_chunk_size: Option<usize>,
     /// Prepended to the prompt where a text prompt encodes to nothing.
     pub bos: Option<u32>,
-    /// The first id of an encoder-decoder model's rows.
-    pub decoder_start: Option<u32>,
+    /// The first id of an encoder-decoder model's rows: one for all, or one for each row of the call. Empty for other models.
+    pub decoder_start: Vec<u32>,
     /// What `explain()` prints.
     pub explanation: Explanation,
 }
@@ -60,6 +71,11 @@ pub enum Length {
     New(usize),
     /// Prompt and generated tokens.
     Total(usize),
+    /// Nothing was set: 20 generated tokens, within the model's context where it has one.
+    Unset {
+        /// Positions that the model was made for.
+        context: Option<usize>,
+    },
 }
 
 impl Length {
@@ -68,6 +84,29 @@ impl Length {
         match self {
             Self::New(count) => prompt_len.saturating_add(count),
             Self::Total(len) => len,
+            Self::Unset { context } => prompt_len.saturating_add(20).min(context.unwrap_or(usize::MAX)),
+        }
+    }
+}
+
+/// How much room a row's cache takes when it is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Capacity {
+    /// None at first.
+    Grow,
+    /// All that the row can need.
+    Row,
+    /// This many positions.
+    Fixed(usize),
+}
+
+impl Capacity {
+    /// The room for a row that ends at `max_length` tokens. Its last token is never fed, so that it needs no position.
+    pub fn room(self, max_length: usize) -> Room {
+        match self {
+            Self::Grow => Room::Grow,
+            Self::Row => Room::Reserve(max_length.saturating_sub(1)),
+            Self::Fixed(len) => Room::Reserve(len),
         }
     }
 }
@@ -100,57 +139,41 @@ pub struct Keywords {
     /// As the config has them.
     pub words: Vec<String>,
     /// The processor, which also tells which were produced.
-    pub boost: crate::logits::KeywordBoost,
-}
-
-/// The outcome of a config: mode, processors in order, and where each value came from. `Display` prints it.
-#[derive(Debug, Clone, Default)]
-pub struct Explanation {
-    /// The mode's name.
-    pub mode: String,
-    /// Names of the processors, in order.
-    pub processors: Vec<String>,
-    /// Every field that has a value.
-    pub settings: Vec<Setting>,
-    /// Things worth knowing: positions past the trained context, fields about speed alone, ...
-    pub notes: Vec<String>,
-}
-
-/// One effective field.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Setting {
-    /// The field's name.
-    pub field: String,
-    /// Its value, as JSON.
-    pub value: String,
-    /// Where it came from.
-    pub origin: Origin,
-    /// Whether the mode uses it.
-    pub used: bool,
-}
-
-/// Where a value came from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Origin {
-    /// The call's config.
-    Call,
-    /// The model's generation_config.json or config.json.
-    Model,
-    /// The reference's default.
-    Default,
+    pub boost: KeywordBoost,
 }
 
 impl Plan {
     /// Takes each value from `call`, else from `model` (the checkpoint's own config), else the reference's default, and
     /// reports all that is wrong at once.
     pub fn new(call: &GenerationConfig, model: &GenerationConfig, info: &ModelInfo, tokenizer: Option<&Tokenizer>) -> Result<Self> {
-        let _ = (call, model, info, tokenizer);
-        Err(crate::Error::Unsupported("not built yet".into()))
-    }
-}
-
-impl fmt::Display for Explanation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.mode)
+        let merged = Merged::new(call, model);
+        let mut check = Check::new(&merged, info, tokenizer);
+        check.mode();
+        let eos = check.eos();
+        let Chain { processors, keywords } = Chain::new(&mut check, &eos);
+        let config = &merged.config;
+        let plan = Self {
+            strategy: merged.strategy.clone(),
+            keywords,
+            length: check.length(),
+            stop_token_ids: check.stop_token_ids(),
+            stop_strings: check.stop_strings(),
+            include_stop_string: config.include_stop_string == Some(true),
+            max_time: check.max_time(),
+            criteria: config.stopping_criteria.clone(),
+            num_return_sequences: check.num_return_sequences(),
+            seeds: check.seeds(),
+            record: check.record(),
+            use_cache: config.use_cache != Some(false),
+            capacity: check.capacity(),
+            prefill_chunk_size: check.prefill_chunk_size(),
+            bos: config.bos_token_id.and_then(|id| u32::try_from(id).ok()),
+            decoder_start: check.decoder_start(),
+            explanation: Explanation::new(&merged, info, &processors, &eos),
+            processors,
+            eos,
+        };
+        check.finish()?;
+        Ok(plan)
     }
 }
