@@ -107,26 +107,26 @@ impl<'a, O: Ops> Loader<'a, O> {
         let width = attention.heads * attention.head_dim;
         let kv_width = attention.kv_heads * attention.head_dim;
         let qkv = match spec.qkv {
-            Qkv::Split([q, k, v]) => self.stack(&name, &[(q, width), (k, kv_width), (v, kv_width)], spec.hidden)?,
-            Qkv::Fused(qkv) => self.stack(&name, &[(qkv, width + 2 * kv_width)], spec.hidden)?,
+            Qkv::Split([q, k, v]) => self.stack(name, &[(q, width), (k, kv_width), (v, kv_width)], spec.hidden)?,
+            Qkv::Fused(qkv) => self.stack(name, &[(qkv, width + 2 * kv_width)], spec.hidden)?,
         };
         let mlp = match spec.mlp {
             spec::Mlp::Plain { up, down, inner, activation } => Mlp::Plain {
-                up: self.stack(&name, &[(up, inner)], spec.hidden)?,
+                up: self.stack(name, &[(up, inner)], spec.hidden)?,
                 activation,
-                down: self.stack(&name, &[(down, spec.hidden)], inner)?,
+                down: self.stack(name, &[(down, spec.hidden)], inner)?,
             },
             spec::Mlp::Gated { gate, up, down, inner, activation } => Mlp::Gated {
-                gate_up: self.stack(&name, &[(gate, inner), (up, inner)], spec.hidden)?,
+                gate_up: self.stack(name, &[(gate, inner), (up, inner)], spec.hidden)?,
                 activation,
-                down: self.stack(&name, &[(down, spec.hidden)], inner)?,
+                down: self.stack(name, &[(down, spec.hidden)], inner)?,
             },
         };
         Ok(Layer {
             attention: attention.clone(),
             before_attention: self.norm(&name(before_attention))?,
             qkv,
-            out: self.stack(&name, &[(spec.out, spec.hidden)], width)?,
+            out: self.stack(name, &[(spec.out, spec.hidden)], width)?,
             after_attention: after_attention.map(|norm| self.norm(&name(norm))).transpose()?,
             before_mlp: self.norm(&name(before_mlp))?,
             mlp,

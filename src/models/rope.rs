@@ -11,7 +11,7 @@ const KNOWN: &str = "default, linear, llama3, yarn";
 
 /// The rotation of heads of `head_dim` dimensions in a model made for `trained` positions.
 pub(crate) fn rope(config: &Fields, head_dim: usize, trained: usize) -> Result<Rope> {
-    if head_dim % 2 != 0 {
+    if !head_dim.is_multiple_of(2) {
         return Err(config.error("head_dim", head_dim, "rotary positions need an even number of dimensions"));
     }
     // HF: 4.x writes `rope_theta` beside `rope_scaling`, 5.x both into `rope_parameters`. The reference reads all forms, in this order.
