@@ -3,6 +3,8 @@
 //! Activations are `(tokens, width)`: the new tokens of all rows one after another, no padding. Only [`Ops::attend`]
 //! knows rows. Every other operation treats each token alone, so nothing depends on which rows share a pass.
 
+pub(crate) mod candle;
+
 use crate::{
     error::Result,
     model::{Forward, Room},
