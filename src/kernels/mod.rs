@@ -4,6 +4,7 @@
 //! knows rows. Every other operation treats each token alone, so nothing depends on which rows share a pass.
 
 pub(crate) mod candle;
+pub(crate) mod cpu;
 
 use crate::{
     error::Result,
@@ -23,6 +24,11 @@ pub(crate) trait Ops: Send + Sync + 'static {
     type Angles;
     /// The keys and values of one row, all layers.
     type Store: Store;
+
+    /// Runs a whole pass of operations where they have their threads at hand. Operations work outside of it too, only slower.
+    fn pass<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        work()
+    }
 
     /// Packs `parts`, stacked along their outputs, as one weight; `bias` has one value per output.
     fn weight(&self, parts: &[Matrix<'_>], bias: Option<&[f32]>) -> Result<Self::Weight>;
