@@ -23,7 +23,7 @@
 mod common;
 
 use anyhow::Result;
-use candle_generate::{FinishReason, GenerationConfig, Generator, Messages, Output, Prompt};
+use candle_generate::{FinishReason, GenerationConfig, Generator, Message, Output, Prompt};
 use clap::Parser;
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
@@ -92,7 +92,7 @@ impl Request {
             Some(seed) => {
                 seed.as_u64().ok_or_else(|| Failure::request(format!("seed = {seed}: an integer from 0 to {} is accepted", u64::MAX)))?
             }
-            None => 0,
+            None => config.seed.unwrap_or(0),
         };
         if !request.is_empty() {
             let unknown: Vec<_> = request.keys().map(String::as_str).collect();
@@ -115,12 +115,20 @@ fn prompts(request: &mut Map<String, Value>) -> Result<Vec<Prompt>, Failure> {
         "prompt" => vec![Prompt::from(serde_json::from_value::<String>(value).map_err(wrong)?)],
         "prompts" => serde_json::from_value::<Vec<String>>(value).map_err(wrong)?.into_iter().map(Prompt::from).collect(),
         "input_ids" => serde_json::from_value::<Vec<Vec<u32>>>(value).map_err(wrong)?.into_iter().map(Prompt::from).collect(),
-        _ => vec![Prompt::from(serde_json::from_value::<Messages>(value).map_err(wrong)?)],
+        _ => vec![Prompt::from(messages(value).map_err(wrong)?)],
     };
     if prompts.is_empty() {
         return Err(Failure::request(format!("{key} has no rows: at least one is accepted")));
     }
     Ok(prompts)
+}
+
+fn messages(value: Value) -> Result<Vec<Message>, serde_json::Error> {
+    let messages: Vec<Message> = serde_json::from_value(value)?;
+    match messages.iter().position(|message| message.role().is_none() || message.value("content").is_none()) {
+        Some(index) => Err(serde::de::Error::custom(format!("message {index} needs a role and a content"))),
+        None => Ok(messages),
+    }
 }
 
 /// One line out.
