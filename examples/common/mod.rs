@@ -1,0 +1,81 @@
+//! What the examples share: which model, how its loading is shown, and what happens when nobody reads the output.
+
+use anyhow::Result;
+use candle_generate::{
+    Generator, OnProgress, Stage,
+    candle_core::{DType, Device},
+};
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::{io, ops::ControlFlow, path::PathBuf};
+
+/// The model in this repository, wherever the example is run from.
+const STORYTELLER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/models/storyteller");
+
+/// Which model, and how it computes.
+#[derive(Debug, Args)]
+pub struct Source {
+    /// A checkpoint folder in Hugging Face's format
+    #[arg(long, value_name = "FOLDER", default_value = STORYTELLER)]
+    model: PathBuf,
+    /// The type of the arithmetic, whatever type the weights have
+    #[arg(long, value_enum, default_value_t = Arithmetic::F32)]
+    dtype: Arithmetic,
+    /// Where to compute: cpu
+    #[arg(long, default_value = "cpu", value_parser = device)]
+    device: Device,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Arithmetic {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl Source {
+    /// Loads the model, with a progress bar on stderr.
+    pub fn load(&self) -> Result<Generator> {
+        let dtype = match self.dtype {
+            Arithmetic::F32 => DType::F32,
+            Arithmetic::Bf16 => DType::BF16,
+            Arithmetic::F16 => DType::F16,
+        };
+        Ok(Generator::builder(&self.model).dtype(dtype).device(self.device.clone()).progress(bar()?).load()?)
+    }
+}
+
+/// Ends quietly when the reader of stdout has gone, as `head` does.
+pub fn quiet(result: Result<()>) -> Result<()> {
+    match result {
+        Err(error) if error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe) => Ok(()),
+        other => other,
+    }
+}
+
+fn device(name: &str) -> Result<Device, String> {
+    match name {
+        "cpu" => Ok(Device::Cpu),
+        name if name.starts_with("cuda") => Err("this build has no CUDA; cpu is accepted".into()),
+        _ => Err("cpu is accepted".into()),
+    }
+}
+
+/// Shows the loading of weights and the computing of long prompts on stderr, where that is a terminal.
+fn bar() -> Result<OnProgress> {
+    let load = ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes}")?;
+    let prefill = ProgressStyle::with_template("reading the prompt {bar:40} {pos}/{len} tokens")?;
+    let bar = ProgressBar::no_length();
+    Ok(OnProgress::new(move |progress| {
+        if bar.is_finished() {
+            bar.reset();
+        }
+        bar.set_style(if progress.stage == Stage::Load { load.clone() } else { prefill.clone() });
+        bar.set_length(progress.total);
+        bar.set_position(progress.done);
+        if progress.done >= progress.total {
+            bar.finish_and_clear();
+        }
+        ControlFlow::Continue(())
+    }))
+}

@@ -1,0 +1,23 @@
+# just --list
+
+# All tests, as the README has them
+test:
+    cargo test --release
+
+# Formatting, lints and documentation
+lint:
+    cargo fmt --check
+    cargo clippy --release --all-targets -- -D warnings
+    RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps
+
+# Speed, beside candle-transformers on the same weights
+bench *args:
+    cargo bench --bench generate --bench logits -- {{args}}
+
+# Makes the golden folders anew; needs Python with the versions that the script pins
+golden:
+    python tests/golden/make.py
+
+# All that CI does
+ci:
+    .ci/run
