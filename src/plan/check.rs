@@ -251,7 +251,7 @@ impl<'a> Check<'a> {
         }
         match (&config.decoder_start_token_id, config.bos_token_id) {
             (Some(ids), _) if ids.as_slice().is_empty() => {
-                self.refuse("decoder_start_token_id", "[]", "accepted is a token id, or one for each row of the call");
+                self.refuse("decoder_start_token_id", "[]", "accepted is a token id, or one for each prompt");
                 Vec::new()
             }
             (Some(ids), _) => self.ids("decoder_start_token_id", ids.as_slice().iter().copied()),
