@@ -243,7 +243,7 @@ fields! {
     bos_token_id: i64 as Int,
     /// The ids that end a row; a negative one is no token.
     eos_token_id: OneOrMany<i64>,
-    /// The first id of an encoder-decoder model's rows, or one for each row; `bos_token_id` unless set.
+    /// The first id of an encoder-decoder model's rows, or one for each prompt; `bos_token_id` unless set.
     decoder_start_token_id: OneOrMany<i64>,
 
     /// Whether keys and values are kept from step to step.

@@ -68,13 +68,20 @@ impl<'a> Check<'a> {
     }
 
     /// Token ids inside the vocabulary.
+    // HF: an id outside of it is an error of some fields there, and silently does nothing in others; here it is an error of all.
     pub fn ids(&mut self, field: &str, ids: impl IntoIterator<Item = i64>) -> Vec<u32> {
-        let mut kept = Vec::new();
+        let size = self.info.vocab_size;
+        let known = |id: i64| u32::try_from(id).ok().filter(|&id| (id as usize) < size);
+        let (mut kept, mut strange) = (Vec::new(), Vec::new());
         for id in ids {
-            match u32::try_from(id) {
-                Ok(token) if (token as usize) < self.info.vocab_size => kept.push(token),
-                _ => self.refuse(field, id, format!("accepted are token ids below {}, the size of the vocabulary", self.info.vocab_size)),
+            match known(id) {
+                Some(id) => kept.push(id),
+                None => strange.push(id),
             }
+        }
+        if !strange.is_empty() {
+            strange.truncate(8);
+            self.refuse(field, json!(strange), format!("accepted are token ids below {size}, the size of the vocabulary"));
         }
         kept
     }
@@ -88,7 +95,10 @@ impl<'a> Check<'a> {
         let mut tokenised = Vec::new();
         for word in words {
             match tokenizer.variants(word) {
-                Ok(variants) if !word.is_empty() && !variants.is_empty() => tokenised.push(variants),
+                Ok(variants) if !word.is_empty() && !variants.is_empty() => {
+                    self.ids(field, variants.iter().flatten().map(|&id| id.into()));
+                    tokenised.push(variants);
+                }
                 Ok(_) => self.refuse(field, json!(word), "accepted are words that encode to at least one token"),
                 Err(error) => self.refuse(field, json!(word), error.to_string()),
             }
@@ -241,7 +251,7 @@ impl<'a> Check<'a> {
         }
         match (&config.decoder_start_token_id, config.bos_token_id) {
             (Some(ids), _) if ids.as_slice().is_empty() => {
-                self.refuse("decoder_start_token_id", "[]", "accepted is a token id, or one for each row of the call");
+                self.refuse("decoder_start_token_id", "[]", "accepted is a token id, or one for each prompt");
                 Vec::new()
             }
             (Some(ids), _) => self.ids("decoder_start_token_id", ids.as_slice().iter().copied()),

@@ -58,7 +58,7 @@ pub struct Plan {
     pub prefill_chunk_size: Option<usize>,
     /// Prepended to the prompt where a text prompt encodes to nothing.
     pub bos: Option<u32>,
-    /// The first id of an encoder-decoder model's rows: one for all, or one for each row of the call. Empty for other models.
+    /// The first id of an encoder-decoder model's rows: one for all, or one for each prompt. Empty for other models.
     pub decoder_start: Vec<u32>,
     /// What `explain()` prints.
     pub explanation: Explanation,
@@ -177,3 +177,6 @@ impl Plan {
         Ok(plan)
     }
 }
+
+#[cfg(test)]
+mod tests;
