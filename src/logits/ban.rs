@@ -343,10 +343,11 @@ mod tests {
     #[test]
     fn every_eos_waits_for_the_length() {
         let eos = || vec![1, 3, 50];
+        let none: [usize; 0] = [];
         assert_eq!(banned(&MinLength { min_length: 4, eos: eos() }, &[5, 1, 0]), [1, 3]);
-        assert_eq!(banned(&MinLength { min_length: 3, eos: eos() }, &[5, 1, 0]), []);
+        assert_eq!(banned(&MinLength { min_length: 3, eos: eos() }, &[5, 1, 0]), none);
         assert_eq!(banned(&MinNewTokens { min_new_tokens: 2, eos: eos() }, &[5, 1, 0]), [1, 3]);
-        assert_eq!(banned(&MinNewTokens { min_new_tokens: 2, eos: eos() }, &[5, 1, 0, 0]), []);
+        assert_eq!(banned(&MinNewTokens { min_new_tokens: 2, eos: eos() }, &[5, 1, 0, 0]), none);
     }
 
     fn allow(function: impl Fn(usize, &[u32]) -> Vec<u32> + Send + Sync + 'static) -> PrefixAllowed {

@@ -105,7 +105,7 @@ mod tests {
         let row = [1.0, 3.0, -INF, 3.0, f32::NAN, -0.0, 0.0];
         assert_eq!(top(&row, 4), [(1, 3.0), (3, 3.0), (0, 1.0), (5, 0.0)]);
         assert_eq!(top(&row, usize::MAX).len(), 5);
-        assert_eq!(top(&row, 0), []);
+        assert!(top(&row, 0).is_empty());
     }
 
     #[test]
@@ -129,9 +129,9 @@ mod tests {
 
     #[test]
     fn sample_follows_softmax() {
-        let row: Vec<f32> = (0..200).map(|id| if id % 20 == 3 { (id as f32 * 0.37).sin() * 2.0 } else { -INF }).collect();
+        let row: Vec<f32> = (0..100).map(|id| if id % 10 == 3 { (id as f32 * 0.37).sin() * 2.0 } else { -INF }).collect();
         let sum = log_sum_exp(&row);
-        let draws = 20_000;
+        let draws = 4_000;
         let mut counts = vec![0u32; row.len()];
         for step in 0..draws {
             if let Some(id) = sample(&row, uniform(5, step)) {
@@ -166,7 +166,7 @@ mod tests {
 
     #[test]
     fn log_sum_exp_is_exact_at_the_edges() {
-        assert!((log_sum_exp(&[1.0, 2.0, 3.0]) - 3.407_605_964_444_380_1).abs() < 1e-7);
+        assert!((log_sum_exp(&[1.0, 2.0, 3.0]) - 3.407_605_964_444_38).abs() < 1e-7);
         assert_eq!(log_sum_exp(&[1e30, 0.0]), f64::from(1e30f32));
         assert_eq!([log_sum_exp(&[]), log_sum_exp(&[-INF])], [f64::NEG_INFINITY; 2]);
         assert_eq!(log_sum_exp(&[INF, 0.0]), f64::INFINITY);

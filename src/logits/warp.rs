@@ -249,8 +249,10 @@ fn cut(scores: &mut [f32], row: Softmax, p: f32, least: usize) {
 
 /// Passes over blocks in which nothing is left to drop, as most are after a `top_k`.
 fn drop_if(scores: &mut [f32], unwanted: impl Fn(f32) -> bool) {
-    for score in scores.chunks_mut(BLOCK).filter(|block| any_above(block, f32::NEG_INFINITY)).flatten() {
-        *score = if unwanted(*score) { f32::NEG_INFINITY } else { *score };
+    for block in scores.chunks_mut(BLOCK).filter(|block| any_above(block, f32::NEG_INFINITY)) {
+        for score in block {
+            *score = if unwanted(*score) { f32::NEG_INFINITY } else { *score };
+        }
     }
 }
 
