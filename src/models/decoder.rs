@@ -35,7 +35,7 @@ enum Place<O: Ops> {
 }
 
 impl<O: Ops> Decoder<O> {
-    /// Loads a checkpoint, layer by layer. `info` says what `ops` are: device, type and page.
+    /// Loads a checkpoint, layer by layer. `info` says what `ops` are: device, type, page and bytes of a position.
     pub fn load(ops: O, info: ModelInfo, spec: &DecoderSpec, weights: &Weights, progress: Option<&OnProgress>) -> Result<Self> {
         let mut loader = Loader::new(&ops, spec, weights, progress);
         let (embedding, head) = ends(spec, weights)?;
@@ -54,13 +54,7 @@ impl<O: Ops> Decoder<O> {
         let head = head.map(|name| loader.table(name, spec.vocab)).transpose()?;
         loader.finish()?;
 
-        let shape = match spec.attention.first() {
-            Some(first) => StoreShape { layers: spec.attention.len(), kv_heads: first.kv_heads, head_dim: first.head_dim },
-            None => return Err(Error::Unsupported("a decoder without layers".into())),
-        };
-        let values = 2 * shape.layers * shape.kv_heads * shape.head_dim;
-        let position_bytes = values as u64 * info.dtype.size_in_bytes() as u64;
-        let info = ModelInfo { context, weight_bytes: loader.weight_bytes(), position_bytes, ..info };
+        let (shape, info) = (spec.shape(), ModelInfo { context, weight_bytes: loader.weight_bytes(), ..info });
         let (embedding_scale, softcap) = (spec.embedding_scale, spec.softcap);
         Ok(Self { ops, info, shape, embedding, embedding_scale, positions, layers, norm, head, softcap })
     }
@@ -98,6 +92,28 @@ impl<O: Ops> Decoder<O> {
             Place::Rope(rope) => Ok((x, Some(self.ops.angles(rope, positions)?))),
         }
     }
+
+    /// The logits of the tokens `wanted`.
+    fn compute(&self, ids: &[u32], positions: &[usize], wanted: &[usize], rows: &mut [Span<'_, O::Store>]) -> Result<Forward> {
+        let ops = &self.ops;
+        let (mut x, angles) = self.embed(ids, positions)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            let mut mixed = layer.attend(ops, index, &x, angles.as_ref(), rows)?;
+            if index + 1 == self.layers.len() {
+                // The caches are complete: from here on only tokens whose logits are wanted matter.
+                if wanted.is_empty() {
+                    return Ok(Forward::Nothing);
+                }
+                if wanted.len() < ids.len() {
+                    x = ops.select(&x, wanted)?;
+                    mixed = ops.select(&mixed, wanted)?;
+                }
+            }
+            x = layer.finish(ops, x, &mixed)?;
+        }
+        let head = self.head.as_ref().unwrap_or(&self.embedding);
+        ops.logits(head, &ops.norm(&self.norm, &x)?, self.softcap)
+    }
 }
 
 impl<O: Ops> Model for Decoder<O> {
@@ -130,27 +146,7 @@ impl<O: Ops> Model for Decoder<O> {
             return Ok(Forward::Nothing);
         }
 
-        let ops = &self.ops;
-        let (mut x, angles) = self.embed(&ids, &positions)?;
-        let mut forward = Forward::Nothing;
-        for (index, layer) in self.layers.iter().enumerate() {
-            let mut mixed = layer.attend(ops, index, &x, angles.as_ref(), &mut spans)?;
-            if index + 1 == self.layers.len() {
-                // The caches are complete: from here on only tokens whose logits are wanted matter.
-                if wanted.is_empty() {
-                    break;
-                }
-                if wanted.len() < ids.len() {
-                    x = ops.select(&x, &wanted)?;
-                    mixed = ops.select(&mixed, &wanted)?;
-                }
-            }
-            x = layer.finish(ops, x, &mixed)?;
-        }
-        if !wanted.is_empty() {
-            let head = self.head.as_ref().unwrap_or(&self.embedding);
-            forward = ops.logits(head, &ops.norm(&self.norm, &x)?, self.softcap)?;
-        }
+        let forward = self.compute(&ids, &positions, &wanted, &mut spans)?;
         // Only now, so that a pass that fails leaves every cache as it was.
         for span in spans {
             span.store.grow(span.count);

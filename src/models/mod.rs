@@ -15,7 +15,7 @@ mod weights;
 
 use crate::{
     error::{Error, Result},
-    kernels::candle::CandleOps,
+    kernels::{StoreShape, candle::CandleOps},
     model::{Model, ModelInfo},
     progress::OnProgress,
 };
@@ -77,7 +77,9 @@ pub fn load(folder: impl AsRef<Path>, options: &LoadOptions) -> Result<Arc<dyn M
 /// The one place where the operations are chosen.
 fn build(spec: &DecoderSpec, weights: &Weights, dtype: DType, options: &LoadOptions) -> Result<Arc<dyn Model>> {
     let LoadOptions { device, progress, .. } = options;
-    let info = ModelInfo { device: device.clone(), dtype, ..ModelInfo::new(spec.family, spec.vocab) };
+    let StoreShape { layers, kv_heads, head_dim } = spec.shape();
+    let position_bytes = (2 * layers * kv_heads * head_dim * dtype.size_in_bytes()) as u64;
+    let info = ModelInfo { device: device.clone(), dtype, position_bytes, ..ModelInfo::new(spec.family, spec.vocab) };
     let ops = CandleOps::new(device.clone(), dtype);
     Ok(Arc::new(Decoder::load(ops, info, spec, weights, progress.as_ref())?))
 }

@@ -1,6 +1,6 @@
 //! An architecture as data: all in which decoder-only families differ.
 
-use crate::kernels::{Activation, Attention, Rope};
+use crate::kernels::{Activation, Attention, Rope, StoreShape};
 
 /// What a family's decoder is made of. Names are those of the checkpoint's tensors, without `.weight` and `.bias`.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,6 +30,14 @@ pub(crate) struct DecoderSpec {
     pub head: Head,
     /// `cap * tanh(v / cap)` on the logits.
     pub softcap: Option<f32>,
+}
+
+impl DecoderSpec {
+    /// What a row's cache holds.
+    pub fn shape(&self) -> StoreShape {
+        let (kv_heads, head_dim) = self.attention.first().map_or((0, 0), |first| (first.kv_heads, first.head_dim));
+        StoreShape { layers: self.attention.len(), kv_heads, head_dim }
+    }
 }
 
 /// How a token knows where it stands.
