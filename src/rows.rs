@@ -194,7 +194,7 @@ impl Row {
             prompt_len: self.prompt_len,
             finish: self.finish.unwrap_or(FinishReason::Cancelled),
             stop_string: self.stop_string,
-            seed: plan.strategy.draws().then_some(self.seed),
+            seed: plan.strategy.samples().then_some(self.seed),
             score: self.score,
             log_probs: plan.record.log_probs.map(|_| self.log_probs),
             scores: plan.record.scores.then_some(self.scores),

@@ -4,7 +4,7 @@ use crate::{
     error::{Error, Result},
     logits::pick,
     memory::Memory,
-    model::{Cache, Context, Feed, Model, Room, Want},
+    model::{Cache, Context, Feed, Model, Start, Want},
     output::{FinishReason, Output, Piece, Sequence, Timings, Usage},
     plan::{Plan, Seeds},
     progress::{OnProgress, Stage},
@@ -118,6 +118,11 @@ impl Run {
         {
             return Err(Error::config("seeds", format!("{} seeds", seeds.len()), format!("the call has {rows} rows and needs one for each")));
         }
+        let starts = self.plan.decoder_start.len();
+        if starts > 1 && starts != self.waiting.len() {
+            let reason = format!("the call has {} prompts: one id, or one for each prompt, is accepted", self.waiting.len());
+            return Err(Error::config("decoder_start_token_id", format!("{starts} ids"), reason));
+        }
         for waiting in &self.waiting {
             waiting.check(&self.plan, info.vocab_size, info.context)?;
             if let Some(limit) = self.setting.memory_limit {
@@ -171,9 +176,8 @@ impl Run {
 
     // Computes each prompt once, then forks it into its rows.
     fn start(&mut self, admitted: Vec<Waiting>) -> Result<()> {
-        let sources: Vec<&[u32]> = admitted.iter().map(|waiting| waiting.source.as_deref().unwrap_or_default()).collect();
-        let room = self.plan.room(admitted.iter().map(|waiting| waiting.tokens.len()).max().unwrap_or(0))?;
-        let caches = self.setting.model.start(&sources, room)?;
+        let starts: Vec<_> = admitted.iter().map(|waiting| waiting.start(&self.plan)).collect();
+        let caches = self.setting.model.start(&starts)?;
         let mut fresh = Vec::with_capacity(admitted.len());
         for (waiting, cache) in admitted.into_iter().zip(caches) {
             fresh.push(waiting.row(cache, &self.plan, self.setting.tokenizer.as_ref())?);
@@ -254,7 +258,7 @@ impl Run {
 
 impl Waiting {
     fn new(index: usize, ids: Vec<u32>, plan: &Plan) -> Self {
-        match plan.decoder_start {
+        match plan.decoder_start.get(index).or(plan.decoder_start.first()).copied() {
             Some(start) => Self { index, tokens: vec![start], source: Some(ids.into()) },
             None => Self { index, tokens: ids, source: None },
         }
@@ -282,6 +286,10 @@ impl Waiting {
             )));
         }
         Ok(())
+    }
+
+    fn start(&self, plan: &Plan) -> Start<'_> {
+        Start { source: self.source.as_deref().unwrap_or_default(), room: plan.room(self.tokens.len()) }
     }
 
     fn row(self, cache: Box<dyn Cache>, plan: &Plan, tokenizer: Option<&Tokenizer>) -> Result<Row> {

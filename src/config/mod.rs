@@ -11,7 +11,7 @@ pub use value::{Boost, DolaLayers, EarlyStopping, Int, OneOrMany};
 use crate::{
     error::Problem,
     logits::{LogitsProcessor, PenaltyScope, PrefixFunction},
-    stop::StoppingCriteria,
+    stop::{CancelToken, StoppingCriteria},
 };
 use serde_json::{Map, Value};
 use std::{fmt, sync::Arc};
@@ -41,6 +41,8 @@ macro_rules! fields {
             pub stopping_criteria: Vec<Arc<dyn StoppingCriteria>>,
             /// From the prompt's index and the row's ids to the ids that may follow. Not part of the file.
             pub prefix_allowed_tokens_fn: Option<PrefixFunction>,
+            /// Ends the calls that carry it from another thread. Not part of the file.
+            pub cancel: Option<CancelToken>,
             /// Keys of the file that have no field here. They are written back.
             pub unknown: Map<String, Value>,
         }
@@ -82,6 +84,9 @@ macro_rules! fields {
                 }
                 if self.stopping_criteria.is_empty() {
                     self.stopping_criteria.clone_from(&other.stopping_criteria);
+                }
+                if self.cancel.is_none() {
+                    self.cancel.clone_from(&other.cancel);
                 }
                 if self.prefix_allowed_tokens_fn.is_none() {
                     self.prefix_allowed_tokens_fn.clone_from(&other.prefix_allowed_tokens_fn);
@@ -283,6 +288,13 @@ impl GenerationConfig {
     #[must_use]
     pub fn stopping_criteria(mut self, criteria: impl StoppingCriteria + 'static) -> Self {
         self.stopping_criteria.push(Arc::new(criteria));
+        self
+    }
+
+    /// Ends calls with this config when the token says so.
+    #[must_use]
+    pub fn cancel(mut self, token: CancelToken) -> Self {
+        self.cancel = Some(token);
         self
     }
 

@@ -9,7 +9,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     kernels::{Norm, Ops, Rope, Span, Store, StoreShape},
-    model::{Cache, Context, Feed, Forward, Model, ModelInfo, Room, Want, downcast},
+    model::{Cache, Context, Feed, Forward, Model, ModelInfo, Start, Want, downcast},
     progress::OnProgress,
 };
 
@@ -121,9 +121,9 @@ impl<O: Ops> Model for Decoder<O> {
         &self.info
     }
 
-    fn start(&self, sources: &[&[u32]], room: Room) -> Result<Vec<Box<dyn Cache>>> {
-        let start = |_| Ok(Box::new(Kv::new(self.ops.store(self.shape, room)?, self.shape, room)) as Box<dyn Cache>);
-        sources.iter().map(start).collect()
+    fn start(&self, rows: &[Start<'_>]) -> Result<Vec<Box<dyn Cache>>> {
+        let start = |row: &Start<'_>| Ok(Box::new(Kv::new(self.ops.store(self.shape, row.room)?, self.shape, row.room)) as Box<dyn Cache>);
+        rows.iter().map(start).collect()
     }
 
     fn forward(&self, rows: &mut [Feed<'_>], want: Want) -> Result<Forward> {

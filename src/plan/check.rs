@@ -155,7 +155,7 @@ impl<'a> Check<'a> {
         self.ids("stop_token_ids", self.config.stop_token_ids.iter().flatten().map(|&id| id.into()))
     }
 
-    pub fn stop_strings(&mut self) -> Vec<String> {
+    pub fn stops(&mut self) -> StopStrings {
         let strings = self.config.stop_strings.as_ref().map_or(&[][..], OneOrMany::as_slice);
         if self.tokenizer.is_none() && !strings.is_empty() {
             self.refuse("stop_strings", json!(strings), "strings need a tokenizer, and the generator has none");
@@ -163,7 +163,10 @@ impl<'a> Check<'a> {
         if strings.iter().any(String::is_empty) {
             self.refuse("stop_strings", json!(strings), "accepted are strings that are not empty");
         }
-        strings.to_vec()
+        match StopStrings::new(strings.iter().filter(|text| !text.is_empty()), self.config.include_stop_string == Some(true)) {
+            Ok(stops) => stops,
+            Err(_) => StopStrings::default(),
+        }
     }
 
     // HF: 0 ends rows with their first token there, and here too; a negative time does the same there.

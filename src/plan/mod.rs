@@ -13,8 +13,8 @@ use crate::{
     error::Result,
     logits::{KeywordBoost, LogitsProcessor},
     model::{ModelInfo, Room},
-    stop::StoppingCriteria,
-    text::Tokenizer,
+    stop::{CancelToken, StoppingCriteria},
+    text::{StopStrings, Tokenizer},
 };
 use chain::Chain;
 use check::Check;
@@ -37,13 +37,13 @@ pub struct Plan {
     /// Further ids that end a row and are left out of its text.
     pub stop_token_ids: Vec<u32>,
     /// Strings that end a row.
-    pub stop_strings: Vec<String>,
-    /// Whether the text keeps the stop string.
-    pub include_stop_string: bool,
+    pub stops: StopStrings,
     /// The time after which rows end.
     pub max_time: Option<Duration>,
     /// The user's own criteria.
     pub criteria: Vec<Arc<dyn StoppingCriteria>>,
+    /// Ends the call from another thread.
+    pub cancel: Option<CancelToken>,
     /// Rows per prompt.
     pub num_return_sequences: usize,
     /// Where rows' seeds come from.
@@ -133,6 +133,13 @@ pub struct Record {
     pub logits: bool,
 }
 
+impl Record {
+    /// Whether the model's own logits have to outlive the processors.
+    pub fn needs_raw(&self) -> bool {
+        self.logits || (self.log_probs.is_some() && !self.processed_log_probs)
+    }
+}
+
 /// The keywords of `keyword_boost`.
 #[derive(Debug, Clone)]
 pub struct Keywords {
@@ -157,10 +164,10 @@ impl Plan {
             keywords,
             length: check.length(),
             stop_token_ids: check.stop_token_ids(),
-            stop_strings: check.stop_strings(),
-            include_stop_string: config.include_stop_string == Some(true),
+            stops: check.stops(),
             max_time: check.max_time(),
             criteria: config.stopping_criteria.clone(),
+            cancel: config.cancel.clone(),
             num_return_sequences: check.num_return_sequences(),
             seeds: check.seeds(),
             record: check.record(),
@@ -175,6 +182,16 @@ impl Plan {
         };
         check.finish()?;
         Ok(plan)
+    }
+
+    /// Rows of a prompt.
+    pub fn width(&self) -> usize {
+        self.num_return_sequences.max(self.strategy.num_beams())
+    }
+
+    /// The room of a fresh cache for a prompt of `prompt_len` tokens.
+    pub fn room(&self, prompt_len: usize) -> Room {
+        self.capacity.room(self.length.max_length(prompt_len))
     }
 }
 

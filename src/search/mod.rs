@@ -6,7 +6,7 @@ use crate::{
     config::Strategy,
     error::{Error, Result},
     logits,
-    model::{Feed, Model, Room, Want},
+    model::{Feed, Model, Room, Start, Want},
     output::FinishReason,
     plan::Plan,
     rows::Row,
@@ -74,8 +74,8 @@ impl Turn<'_> {
         if self.plan.use_cache {
             return Ok(());
         }
-        let sources: Vec<&[u32]> = self.rows.iter().map(|row| row.source.as_deref().unwrap_or_default()).collect();
-        let caches = self.model.start(&sources, Room::Grow)?;
+        let starts: Vec<_> = self.rows.iter().map(|row| Start { source: row.source.as_deref().unwrap_or_default(), room: Room::Grow }).collect();
+        let caches = self.model.start(&starts)?;
         for (row, cache) in self.rows.iter_mut().zip(caches) {
             row.cache = cache;
         }
