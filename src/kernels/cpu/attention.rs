@@ -1,4 +1,4 @@
-//! Attention over pages: rotation, cache write, scores, softmax and the weighted sum of values.
+//! Attention over pages: cache write, scores, softmax and the weighted sum of values.
 //!
 //! The positions of a row are cut into spans of 256 by absolute position. A span's scores, softmax and sum are computed for
 //! itself and the spans are joined in ascending order, so a token's result depends on nothing but the positions it sees.
@@ -12,7 +12,7 @@ use super::{
 use crate::{
     cache::{PAGE, Pages},
     error::Result,
-    kernels::{Attention, Rope, Span, Store},
+    kernels::{Attention, Span, Store},
 };
 use std::{array::from_fn, ops::Range, sync::Arc};
 
@@ -21,34 +21,6 @@ const SPAN: usize = 256;
 
 /// About as many queries share a reading of a span.
 const QUERIES: usize = 48;
-
-/// Cosines and sines, `(tokens, pairs)`.
-#[derive(Debug)]
-pub(crate) struct Angles {
-    cos: Vec<f32>,
-    sin: Vec<f32>,
-    pairs: usize,
-}
-
-impl Angles {
-    pub(super) fn new(rope: &Rope, positions: &[usize]) -> Self {
-        // HF: position and frequency are multiplied in f32, which is coarse at large positions, and so it is here.
-        let angle = |&position: &usize| rope.inv_freq.iter().map(move |freq| f64::from(position as f32 * freq));
-        let cos = positions.iter().flat_map(angle).map(|angle| angle.cos() as f32 * rope.scale).collect();
-        let sin = positions.iter().flat_map(angle).map(|angle| angle.sin() as f32 * rope.scale).collect();
-        Self { cos, sin, pairs: rope.inv_freq.len() }
-    }
-}
-
-/// Rotates the queries and keys of all tokens.
-pub(super) fn rotate(level: Level, attention: &Attention, angles: &Angles, qkv: &mut [f32]) {
-    let (heads, dim, pairs) = (attention.heads + attention.kv_heads, attention.head_dim, angles.pairs);
-    debug_assert!(pairs * 2 <= dim);
-    threads::chunks(qkv, (heads + attention.kv_heads) * dim, heads * dim, |token, qkv| {
-        let (cos, sin) = (&angles.cos[token * pairs..][..pairs], &angles.sin[token * pairs..][..pairs]);
-        level.run(Rotate { heads: &mut qkv[..heads * dim], dim, cos, sin });
-    });
-}
 
 /// Writes the keys and values of all tokens to their rows' stores.
 pub(super) fn write(attention: &Attention, layer: usize, qkv: &[f32], rows: &mut [Span<'_, Pages>]) -> Result<()> {
@@ -301,28 +273,6 @@ impl Work<'_> {
     }
 }
 
-struct Rotate<'a> {
-    heads: &'a mut [f32],
-    dim: usize,
-    cos: &'a [f32],
-    sin: &'a [f32],
-}
-
-impl Task for Rotate<'_> {
-    type Out = ();
-
-    #[inline(always)]
-    fn run<I: Isa>(self, _: I) {
-        let pairs = self.cos.len();
-        for head in self.heads.chunks_exact_mut(self.dim) {
-            let (first, second) = head[..2 * pairs].split_at_mut(pairs);
-            for ((x, y), (cos, sin)) in first.iter_mut().zip(second).zip(self.cos.iter().zip(self.sin)) {
-                (*x, *y) = (*x * cos - *y * sin, *y * cos + *x * sin);
-            }
-        }
-    }
-}
-
 /// Turns scores, whole pages of them, into `e^(score - max)`, 0 outside `seen`; returns the max and the sum.
 struct Soften<'a> {
     scores: &'a mut [f32],
@@ -359,5 +309,231 @@ impl Task for Soften<'_> {
             *score = math::exp(*score - max);
         }
         (max, math::sum(scores, |score, sum| sum + score))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::super::{Act, CpuOps, isa::tests::vectorised, noise};
+    use super::*;
+    use crate::{
+        kernels::{Ops, Rope, StoreShape},
+        model::Room,
+    };
+
+    /// An attention, rotated or not, as the decoder uses it.
+    struct Case {
+        attention: Attention,
+        rope: Option<Rope>,
+        level: Level,
+    }
+
+    impl Case {
+        fn new(heads: usize, kv_heads: usize, head_dim: usize, pairs: usize) -> Self {
+            let attention = Attention { heads, kv_heads, head_dim, scale: 1.7 / (head_dim as f32).sqrt(), softcap: None, window: None };
+            let inv_freq = (0..pairs).map(|i| 0.3f32.powi(i as i32)).collect();
+            Self { attention, rope: (pairs > 0).then_some(Rope { inv_freq, scale: 1.1 }), level: Level::best() }
+        }
+
+        fn width(&self) -> usize {
+            (self.attention.heads + 2 * self.attention.kv_heads) * self.attention.head_dim
+        }
+
+        fn tokens(&self, count: usize, seed: u64) -> Vec<f32> {
+            noise(count * self.width(), seed)
+        }
+
+        fn store(&self) -> Pages {
+            let Attention { kv_heads, head_dim, .. } = self.attention;
+            Pages::new(StoreShape { layers: 2, kv_heads, head_dim }, Room::Grow).unwrap()
+        }
+
+        /// One pass: the new tokens of each row, and its store.
+        fn pass(&self, rows: &mut [(&[f32], &mut Pages)]) -> Vec<f32> {
+            let ops = CpuOps { level: self.level };
+            let data: Vec<f32> = rows.iter().flat_map(|(tokens, _)| *tokens).copied().collect();
+            let counts: Vec<_> = rows.iter().map(|(tokens, _)| tokens.len() / self.width()).collect();
+            let positions: Vec<_> = rows.iter().zip(&counts).flat_map(|((_, store), count)| store.len()..store.len() + count).collect();
+            let angles = self.rope.as_ref().map(|rope| ops.angles(rope, &positions).unwrap());
+            let mut first = 0;
+            let mut spans = Vec::new();
+            for ((_, store), &count) in rows.iter_mut().zip(&counts) {
+                spans.push(Span { first, count, store: *store });
+                first += count;
+            }
+            let qkv = Act { data, width: self.width() };
+            let y = ops.attend(&self.attention, 1, qkv, angles.as_ref(), &mut spans).unwrap();
+            spans.iter_mut().for_each(|span| span.store.grow(span.count));
+            y.data
+        }
+
+        /// Feeds `tokens` in pieces of `sizes`, the last size repeated.
+        fn feed(&self, tokens: &[f32], sizes: &[usize]) -> Vec<f32> {
+            let (mut store, mut y, mut rest) = (self.store(), Vec::new(), tokens);
+            let mut sizes = sizes.iter().copied();
+            let mut size = 1;
+            while !rest.is_empty() {
+                size = sizes.next().unwrap_or(size);
+                let (now, later) = rest.split_at((size * self.width()).min(rest.len()));
+                y.extend(self.pass(&mut [(now, &mut store)]));
+                rest = later;
+            }
+            y
+        }
+
+        /// The definition, in f64.
+        fn reference(&self, tokens: &[f32]) -> Vec<f64> {
+            let Attention { heads, kv_heads, head_dim: dim, scale, softcap, window } = self.attention;
+            let head = |token: usize, head: usize| -> Vec<f64> {
+                let mut x: Vec<f64> = tokens[token * self.width() + head * dim..][..dim].iter().map(|&x| f64::from(x)).collect();
+                if let Some(rope) = self.rope.as_ref().filter(|_| head < heads + kv_heads) {
+                    let pairs = rope.inv_freq.len();
+                    for (i, freq) in rope.inv_freq.iter().enumerate() {
+                        let (sin, cos) = f64::from(token as f32 * freq).sin_cos();
+                        let (a, b) = (x[i], x[i + pairs]);
+                        x[i] = (a * cos - b * sin) * f64::from(rope.scale);
+                        x[i + pairs] = (b * cos + a * sin) * f64::from(rope.scale);
+                    }
+                }
+                x
+            };
+            let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+            let mut y = Vec::new();
+            for (token, q) in (0..tokens.len() / self.width()).flat_map(|token| (0..heads).map(move |q| (token, q))) {
+                let kv = q / (heads / kv_heads);
+                let seen: Vec<usize> = (window.map_or(0, |window| (token + 1).saturating_sub(window))..=token).collect();
+                let score = |&at: &usize| {
+                    let score = dot(&head(token, q), &head(at, heads + kv)) * f64::from(scale);
+                    softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh()).exp()
+                };
+                let weights: Vec<f64> = seen.iter().map(score).collect();
+                let values: Vec<Vec<f64>> = seen.iter().map(|&at| head(at, heads + kv_heads + kv)).collect();
+                let total: f64 = weights.iter().sum();
+                y.extend((0..dim).map(|d| weights.iter().zip(&values).map(|(weight, value)| weight * value[d]).sum::<f64>() / total));
+            }
+            y
+        }
+    }
+
+    /// Grouped, rotated in part, capped, windowed (inside a page, over pages, over spans), one head for all, a ragged head.
+    fn cases() -> Vec<(Case, usize)> {
+        let mut capped = Case::new(6, 2, 8, 4);
+        capped.attention.softcap = Some(0.5);
+        capped.attention.window = Some(5);
+        let mut windowed = Case::new(2, 1, 4, 1);
+        windowed.attention.window = Some(270);
+        let mut narrow = Case::new(2, 2, 4, 0);
+        narrow.attention.window = Some(20);
+        vec![
+            (Case::new(9, 3, 16, 8), 40),
+            (Case::new(4, 4, 20, 3), 35),
+            (capped, 40),
+            (windowed, 530),
+            (narrow, 530),
+            (Case::new(8, 1, 32, 16), 18),
+        ]
+    }
+
+    #[test]
+    fn attention_is_what_it_is_defined_to_be() {
+        for (case, count) in cases() {
+            let tokens = case.tokens(count, 5);
+            let (ours, exact) = (case.feed(&tokens, &[count]), case.reference(&tokens));
+            assert_eq!(ours.len(), exact.len());
+            for (i, (ours, exact)) in ours.iter().zip(exact).enumerate() {
+                assert!((f64::from(*ours) - exact).abs() < 1e-5, "{:?} value {i}: {ours} for {exact}", case.attention);
+            }
+        }
+    }
+
+    #[test]
+    fn cached_chunked_and_whole_are_the_same_bits() {
+        for (case, count) in cases() {
+            let tokens = case.tokens(count, 6);
+            let whole = case.feed(&tokens, &[count]);
+            for sizes in [&[1][..], &[7], &[count - 1, 1], &[3, 16, 1, 1, 48]] {
+                assert!(case.feed(&tokens, sizes) == whole, "{:?} in pieces of {sizes:?}", case.attention);
+            }
+        }
+    }
+
+    #[test]
+    fn instruction_sets_and_threads_change_no_bit() {
+        for (mut case, count) in cases() {
+            let tokens = case.tokens(count, 7);
+            case.level = Level::PORTABLE;
+            let expected = case.feed(&tokens, &[count]);
+            for level in vectorised() {
+                case.level = level;
+                assert!(case.feed(&tokens, &[count]) == expected, "{level:?} {:?}", case.attention);
+            }
+            for threads in [1, 5] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                assert!(pool.install(|| case.feed(&tokens, &[count - 1, 1])) == expected, "{threads} threads");
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_is_the_same_beside_others() {
+        for (case, _) in cases() {
+            let rows = [(30, 1), (1, 9), (0, 20), (16, 17)].map(|(held, new)| (case.tokens(held + new, held as u64 + 1), held, new));
+            let mut stores: Vec<Pages> = Vec::new();
+            for (tokens, held, _) in &rows {
+                stores.push(case.store());
+                let held = &tokens[..held * case.width()];
+                if !held.is_empty() {
+                    case.pass(&mut [(held, stores.last_mut().unwrap())]);
+                }
+            }
+            let mut pass: Vec<_> =
+                rows.iter().zip(&mut stores).map(|((tokens, held, _), store)| (&tokens[held * case.width()..], store)).collect();
+            let together = case.pass(&mut pass);
+            let size = case.attention.heads * case.attention.head_dim;
+            let alone = rows.iter().flat_map(|(tokens, held, _)| case.feed(tokens, &[tokens.len()]).split_off(held * size));
+            assert!(alone.eq(together), "{:?}", case.attention);
+        }
+    }
+
+    #[test]
+    fn forks_go_their_own_ways() {
+        let case = Case::new(4, 2, 8, 4);
+        let (stem, left, right) = (case.tokens(21, 1), case.tokens(4, 2), case.tokens(4, 3));
+        let mut one = case.store();
+        case.pass(&mut [(&stem, &mut one)]);
+        let mut two = one.clone();
+        let forked = case.pass(&mut [(&left, &mut one), (&right, &mut two)]);
+        let fresh = [&left, &right].map(|branch| {
+            let tokens = [stem.as_slice(), branch].concat();
+            case.feed(&tokens, &[25]).split_off(21 * 32)
+        });
+        assert_eq!(forked, fresh.concat());
+        // A rewound row forgets its branch.
+        one.truncate(21).unwrap();
+        assert_eq!(case.pass(&mut [(&right, &mut one)]), fresh[1]);
+    }
+
+    #[test]
+    fn extreme_scores_stay_numbers() {
+        let mut case = Case::new(1, 1, 4, 0);
+        case.attention.scale = 1.0;
+        // Query 1e15; keys 1e15, -1e15, 0, 1e-30; values 1, 2, 3, 4.
+        let token = |key: f32, value: f32| [[1e15; 4], [key / 4.0; 4], [value; 4]].concat();
+        let tokens = [token(1e15, 1.0), token(-1e15, 2.0), token(0.0, 3.0), token(1e-30, 4.0)].concat();
+        assert_eq!(case.feed(&tokens, &[4]), [1.0; 16]);
+        let low = [token(-1e15, 1.0), token(-1e15, 3.0)].concat();
+        assert_eq!(case.feed(&low, &[2]), [1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0]);
+    }
+
+    #[test]
+    fn a_later_token_does_not_touch_an_earlier_one() {
+        let case = Case::new(2, 1, 4, 2);
+        let mut tokens = case.tokens(10, 8);
+        let clean = case.feed(&tokens, &[10]);
+        tokens[6 * case.width()..].fill(f32::INFINITY);
+        let spoilt = case.feed(&tokens, &[10]);
+        assert_eq!(spoilt[..6 * 8], clean[..6 * 8]);
+        assert!(spoilt[6 * 8..].iter().all(|x| x.is_nan()));
     }
 }

@@ -122,3 +122,39 @@ mod x86 {
         }
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// All but the portable one; says what this processor cannot test.
+    pub(in crate::kernels::cpu) fn vectorised() -> Vec<Level> {
+        let levels = Level::all().split_off(1);
+        for (at, name) in ["avx2", "avx512"].into_iter().enumerate().skip(levels.len()) {
+            eprintln!("skipped: instruction set {} ({name}) is not on this processor", at + 1);
+        }
+        levels
+    }
+
+    struct Halves([u16; LANES]);
+
+    impl Task for Halves {
+        type Out = [f32; LANES];
+
+        #[inline(always)]
+        fn run<I: Isa>(self, isa: I) -> Self::Out {
+            isa.halves(&self.0)
+        }
+    }
+
+    #[test]
+    fn every_f16_widens_alike() {
+        for level in vectorised() {
+            for first in (0..=u16::MAX).step_by(LANES) {
+                let bits = std::array::from_fn(|i| first + i as u16);
+                let (ours, theirs) = (level.run(Halves(bits)), bits.map(|bits| f16::from_bits(bits).to_f32()));
+                assert!(ours.iter().zip(theirs).all(|(a, b)| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan()), "{level:?} {first}");
+            }
+        }
+    }
+}

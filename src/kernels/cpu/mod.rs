@@ -6,6 +6,7 @@ pub(crate) mod line;
 mod math;
 mod panels;
 mod pointwise;
+mod rope;
 mod threads;
 mod tile;
 
@@ -41,7 +42,7 @@ impl Ops for CpuOps {
     type Act = Act;
     type Weight = panels::Weight;
     type Vector = Vec<f32>;
-    type Angles = attention::Angles;
+    type Angles = rope::Angles;
     type Store = Pages;
 
     /// On a thread of rayon's: from there, splitting an operation costs a tenth of a microsecond instead of ten or more.
@@ -98,8 +99,8 @@ impl Ops for CpuOps {
         Ok(Act { data: pointwise::gate(self.level, activation, &x.data, x.width), width: x.width / 2 })
     }
 
-    fn angles(&self, rope: &Rope, positions: &[usize]) -> Result<attention::Angles> {
-        Ok(attention::Angles::new(rope, positions))
+    fn angles(&self, rope: &Rope, positions: &[usize]) -> Result<rope::Angles> {
+        Ok(rope::Angles::new(rope, positions))
     }
 
     fn attend(
@@ -107,12 +108,12 @@ impl Ops for CpuOps {
         attention: &Attention,
         layer: usize,
         mut qkv: Act,
-        angles: Option<&attention::Angles>,
+        angles: Option<&rope::Angles>,
         rows: &mut [Span<'_, Pages>],
     ) -> Result<Act> {
         debug_assert_eq!(qkv.width, (attention.heads + 2 * attention.kv_heads) * attention.head_dim);
         if let Some(angles) = angles {
-            attention::rotate(self.level, attention, angles, &mut qkv.data);
+            rope::rotate(self.level, attention, angles, &mut qkv.data);
         }
         attention::write(attention, layer, &qkv.data, rows)?;
         let data = attention::attend(self.level, attention, layer, &qkv.data, rows);
@@ -131,4 +132,17 @@ impl Ops for CpuOps {
         }
         Ok(Forward::Host(logits))
     }
+}
+
+/// Values in -1..1 that look random.
+#[cfg(test)]
+fn noise(count: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let step = |_| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / 8_388_608.0 - 1.0
+    };
+    (0..count).map(step).collect()
 }

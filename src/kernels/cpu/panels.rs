@@ -30,16 +30,16 @@ enum Panels {
 impl Weight {
     /// Packs `parts`, stacked along their outputs, in their type; in f32 if they differ.
     pub(super) fn pack(parts: &[Matrix<'_>], bias: Option<&[f32]>) -> Result<Self> {
-        let Some(first) = parts.first() else { return Err(Error::msg("a weight needs at least one matrix").into()) };
+        let Some(first) = parts.first() else { return Err(Error::Msg("a weight needs at least one matrix".into()).into()) };
         let (inputs, dtype) = (first.inputs, first.dtype);
         for part in parts {
             check(part, inputs)?;
         }
         let Some(outputs) = parts.iter().try_fold(0usize, |sum, part| sum.checked_add(part.outputs)) else {
-            return Err(Error::msg("the outputs of a weight overflow").into());
+            return Err(Error::Msg("the outputs of a weight overflow".into()).into());
         };
         if bias.is_some_and(|bias| bias.len() != outputs) {
-            return Err(Error::msg(format!("a bias of {} values does not fit {outputs} outputs", bias.map_or(0, <[f32]>::len))).into());
+            return Err(Error::Msg(format!("a bias of {} values does not fit {outputs} outputs", bias.map_or(0, <[f32]>::len))).into());
         }
         let same = parts.iter().all(|part| part.dtype == dtype);
         let panels = match dtype {
@@ -246,7 +246,7 @@ fn check(part: &Matrix<'_>, inputs: usize) -> Result<()> {
     let bytes = part.outputs.checked_mul(part.inputs).and_then(|values| values.checked_mul(size));
     if part.inputs != inputs || part.inputs == 0 || bytes != Some(part.bytes.len()) {
         let (have, outputs) = (part.bytes.len(), part.outputs);
-        return Err(Error::msg(format!("a weight of {have} bytes as {outputs} x {} beside one with {inputs} inputs", part.inputs)).into());
+        return Err(Error::Msg(format!("a weight of {have} bytes as {outputs} x {} beside one with {inputs} inputs", part.inputs)).into());
     }
     Ok(())
 }
@@ -256,7 +256,7 @@ fn lines<L: Line>(parts: &[Matrix<'_>], outputs: usize, inputs: usize) -> Result
     let count = outputs.div_ceil(LANES) * inputs;
     let mut lines = Vec::new();
     if lines.try_reserve_exact(count).is_err() {
-        return Err(Error::msg(format!("no memory for a weight of {outputs} x {inputs}")).into());
+        return Err(Error::Msg(format!("no memory for a weight of {outputs} x {inputs}")).into());
     }
     // (part, its row) of each output.
     let sources: Vec<_> = parts.iter().flat_map(|part| (0..part.outputs).map(move |row| (part, row))).collect();
@@ -275,4 +275,154 @@ fn lines<L: Line>(parts: &[Matrix<'_>], outputs: usize, inputs: usize) -> Result
     // SAFETY: `count` lines are reserved, and the panels that tile them are written.
     unsafe { lines.set_len(count) };
     Ok(lines)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::super::{isa::tests::vectorised, noise};
+    use super::*;
+    use half::{bf16, f16};
+
+    const DTYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
+
+    /// Values that each type holds exactly, and their bytes, unaligned.
+    struct Source {
+        values: Vec<f32>,
+        bytes: Vec<u8>,
+        dtype: DType,
+        outputs: usize,
+        inputs: usize,
+    }
+
+    impl Source {
+        fn new(dtype: DType, outputs: usize, inputs: usize) -> Self {
+            let values: Vec<f32> = noise(outputs * inputs, 7).iter().map(|&x| f16::from_f32(bf16::from_f32(x).to_f32()).to_f32()).collect();
+            let bytes = |value: &f32| match dtype {
+                DType::BF16 => bf16::from_f32(*value).to_le_bytes().to_vec(),
+                DType::F16 => f16::from_f32(*value).to_le_bytes().to_vec(),
+                _ => value.to_le_bytes().to_vec(),
+            };
+            let bytes = std::iter::once(0).chain(values.iter().flat_map(bytes)).collect();
+            Self { values, bytes, dtype, outputs, inputs }
+        }
+
+        fn matrix(&self) -> Matrix<'_> {
+            Matrix { bytes: &self.bytes[1..], dtype: self.dtype, outputs: self.outputs, inputs: self.inputs, transposed: false }
+        }
+
+        fn weight(&self) -> Weight {
+            Weight::pack(&[self.matrix()], None).unwrap()
+        }
+    }
+
+    #[test]
+    fn products_are_right_and_their_bits_fixed() {
+        for dtype in DTYPES {
+            // The last two reach beyond what is computed at once: 640 inputs, 96 rows.
+            let shapes = [(1, 1, 7), (63, 31, 7), (64, 576, 3), (65, 1, 7), (130, 31, 7), (130, 576, 1), (17, 1300, 7), (33, 31, 100)];
+            for (outputs, inputs, most) in shapes {
+                let source = Source::new(dtype, outputs, inputs);
+                let weight = source.weight();
+                for rows in (1..=most.min(7)).chain([most]) {
+                    let x = noise(rows * inputs, 11);
+                    let y = weight.product(Level::PORTABLE, &x);
+                    for (i, &y) in y.iter().enumerate() {
+                        let (x, w) = (&x[i / outputs * inputs..][..inputs], &source.values[i % outputs * inputs..][..inputs]);
+                        let exact: f64 = x.iter().zip(w).map(|(&x, &w)| f64::from(x) * f64::from(w)).sum();
+                        assert!(
+                            (f64::from(y) - exact).abs() < 1e-5 * (inputs as f64).sqrt(),
+                            "{dtype:?} {outputs} x {inputs}: {y} for {exact}"
+                        );
+                        let fixed = x.iter().zip(w).fold(0.0, |sum: f32, (&x, &w)| w.mul_add(x, sum));
+                        assert!(y == fixed, "{dtype:?} {outputs} x {inputs}, {rows} rows: not inputs ascending");
+                    }
+                    for level in vectorised() {
+                        assert!(weight.product(level, &x) == y, "{level:?} {dtype:?} {outputs} x {inputs}, {rows} rows");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn threads_and_company_change_no_bit() {
+        let weight = Source::new(DType::BF16, 300, 1000).weight();
+        let x = noise(205 * 1000, 3);
+        let all = weight.product(Level::best(), &x);
+        for row in [0, 5, 95, 96, 203, 204] {
+            assert_eq!(weight.product(Level::best(), &x[row * 1000..][..1000]), all[row * 300..][..300]);
+        }
+        let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+        let five = rayon::ThreadPoolBuilder::new().num_threads(5).build().unwrap();
+        for pool in [one, five] {
+            assert!(pool.install(|| weight.product(Level::best(), &x)) == all);
+            assert_eq!(pool.install(|| weight.product(Level::best(), &x[..1000])), all[..300]);
+        }
+    }
+
+    #[test]
+    fn parts_are_stacked_and_the_bias_is_added_last() {
+        let parts = [Source::new(DType::F16, 20, 40), Source::new(DType::F16, 5, 40), Source::new(DType::F16, 30, 40)];
+        let mixed = [Source::new(DType::F16, 20, 40), Source::new(DType::F32, 5, 40), Source::new(DType::BF16, 30, 40)];
+        let bias = noise(55, 1);
+        let x = noise(80, 2);
+        for parts in [parts, mixed] {
+            let apart: Vec<_> = parts.iter().map(|part| part.weight().product(Level::best(), &x)).collect();
+            let matrices = parts.each_ref().map(Source::matrix);
+            let stacked = Weight::pack(&matrices, Some(&bias)).unwrap();
+            let y = stacked.product(Level::best(), &x);
+            for row in 0..2 {
+                let expected = apart.iter().zip(&parts).flat_map(|(y, part)| &y[row * part.outputs..][..part.outputs]);
+                let expected: Vec<f32> = expected.zip(&bias).map(|(y, bias)| y + bias).collect();
+                assert_eq!(y[row * 55..][..55], expected);
+            }
+        }
+    }
+
+    #[test]
+    fn a_transposed_file_gives_the_same_weight() {
+        let source = Source::new(DType::F32, 37, 300);
+        let mut bytes = vec![0];
+        for (input, output) in (0..300).flat_map(|input| (0..37).map(move |output| (input, output))) {
+            bytes.extend(source.values[output * 300 + input].to_le_bytes());
+        }
+        let transposed = Matrix { bytes: &bytes[1..], transposed: true, ..source.matrix() };
+        let x = noise(300, 4);
+        let weight = Weight::pack(&[transposed], None).unwrap();
+        assert_eq!(weight.product(Level::best(), &x), source.weight().product(Level::best(), &x));
+    }
+
+    #[test]
+    fn rows_come_out_as_they_went_in() {
+        for dtype in DTYPES {
+            let source = Source::new(dtype, 50, 33);
+            let rows = source.weight().rows(&[49, 0, 17, 17]);
+            let expected: Vec<f32> = [49, 0, 17, 17].iter().flat_map(|i| &source.values[i * 33..][..33]).copied().collect();
+            assert_eq!(rows, expected);
+        }
+    }
+
+    #[test]
+    fn the_type_of_the_file_is_kept() {
+        // 50 outputs take 4 panels of 16.
+        assert_eq!(DTYPES.map(|dtype| Source::new(dtype, 50, 33).weight().bytes()), [64 * 33 * 4, 64 * 33 * 2, 64 * 33 * 2]);
+        let source = Source::new(DType::BF16, 50, 33);
+        assert_eq!(Weight::pack(&[source.matrix()], Some(&[0.0; 50])).unwrap().bytes(), 64 * 33 * 2 + 50 * 4);
+    }
+
+    #[test]
+    fn lying_matrices_are_refused() {
+        let source = Source::new(DType::F32, 4, 6);
+        let refuse = |matrix, bias| Weight::pack(&[source.matrix(), matrix], bias).unwrap_err().to_string();
+        let short = Matrix { bytes: &source.bytes[2..], ..source.matrix() };
+        assert_eq!(refuse(short, None), "tensor: a weight of 95 bytes as 4 x 6 beside one with 6 inputs");
+        let narrow = Matrix { inputs: 3, outputs: 8, ..source.matrix() };
+        assert_eq!(refuse(narrow, None), "tensor: a weight of 96 bytes as 8 x 3 beside one with 6 inputs");
+        let huge = Matrix { outputs: usize::MAX, ..source.matrix() };
+        assert!(refuse(huge, None).starts_with("tensor: a weight of 96 bytes"));
+        assert_eq!(refuse(source.matrix(), Some(&[0.0; 4])), "tensor: a bias of 4 values does not fit 8 outputs");
+        let bytes = Matrix { dtype: DType::U8, ..source.matrix() };
+        assert_eq!(refuse(bytes, None), "unsupported: a weight of type u8: f32, bf16 and f16 are known");
+    }
 }

@@ -107,3 +107,56 @@ impl Task for Cap<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::isa::tests::vectorised;
+    use super::*;
+
+    fn close(ours: &[f32], theirs: &[f32]) {
+        assert_eq!(ours.len(), theirs.len());
+        for (ours, theirs) in ours.iter().zip(theirs) {
+            assert!((ours - theirs).abs() <= 4e-7 * theirs.abs().max(1.0), "{ours} is not {theirs}");
+        }
+    }
+
+    #[test]
+    fn norms_are_torchs() {
+        let x = [1.0, -2.0, 3.0, 0.5, 100.0, 101.0, 99.0, 100.5];
+        let mut parameters = Norm { kind: NormKind::Rms, weight: vec![1.0, 0.5, 2.0, -1.0], bias: None, eps: 1e-5 };
+        let rms = [0.529_812_16, -0.529_812_16, 3.178_873, -0.264_906_08, 0.998_724_34, 0.504_355_8, 1.977_474_2, -1.003_718];
+        close(&norm(Level::best(), &parameters, &x, 4), &rms);
+        parameters.kind = NormKind::Layer;
+        parameters.bias = Some(vec![0.1, 0.2, 0.3, 0.4]);
+        let layer = [0.310_558_38, -0.536_954_4, 2.967_073, 0.470_186_14, -0.069_029_31, 0.791_602_55, -2.742_527_7, -0.107_087_94];
+        close(&norm(Level::best(), &parameters, &x, 4), &layer);
+    }
+
+    #[test]
+    fn a_cap_is_torchs() {
+        let mut x = [-100.0, -1.0, 0.0, 40.0];
+        softcap(Level::best(), 30.0, &mut x);
+        close(&x, &[-29.923_74, -0.999_629_8, 0.0, 26.101_85]);
+    }
+
+    #[test]
+    fn a_token_has_the_same_bits_in_any_company_and_instruction_set() {
+        // 700 tokens of 130 are split over threads.
+        let x: Vec<f32> = (0..700 * 130).map(|i| ((i * 7919 % 1009) as f32 - 504.0) / 100.0).collect();
+        let parameters = Norm { kind: NormKind::Layer, weight: x[..130].to_vec(), bias: Some(x[5..135].to_vec()), eps: 1e-6 };
+        let pass = |level, x: &[f32]| {
+            let mut y = norm(level, &parameters, x, 130);
+            activate(level, Activation::Gelu, &mut y, 130);
+            let mut y = gate(level, Activation::Silu, &y, 130);
+            softcap(level, 1.5, &mut y);
+            y
+        };
+        let expected = pass(Level::PORTABLE, &x);
+        for level in vectorised() {
+            assert!(pass(level, &x) == expected, "{level:?}");
+        }
+        for token in [0, 1, 350, 699] {
+            assert_eq!(pass(Level::best(), &x[token * 130..][..130]), expected[token * 65..][..65]);
+        }
+    }
+}
