@@ -43,6 +43,9 @@ impl Templates {
 
     /// The prompt that a conversation makes. It holds the special tokens already.
     pub fn render(&self, messages: &Messages) -> Result<String> {
+        if cfg!(not(feature = "chat")) {
+            return engine::render("", "", &Map::new());
+        }
         let (name, template) = self.choose(messages)?;
         if messages.messages.is_empty() {
             return Err(Error::Prompt("there are no messages; at least one is needed".into()));
@@ -189,5 +192,75 @@ mod engine {
 
     pub(super) fn render(_: &str, _: &str, _: &Map<String, Value>) -> Result<String> {
         Err(Error::Unsupported("messages need a chat template, which this build cannot render; the feature `chat` adds it".into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn templates(named: &[&str]) -> Templates {
+        Templates { named: named.iter().map(|name| ((*name).to_owned(), format!("{{{{ '{name}' }}}}"))).collect(), ..Default::default() }
+    }
+
+    #[test]
+    fn a_template_is_chosen_by_name_tools_or_default() {
+        let (many, hi) = (templates(&["default", "tool_use", "rag"]), Messages::new([Message::user("hi")]));
+        let name = |templates: &Templates, messages: &Messages| templates.choose(messages).map(|(name, _)| name.to_owned());
+        assert_eq!(name(&many, &hi).unwrap(), "default");
+        assert_eq!(name(&many, &hi.clone().tools([])).unwrap(), "tool_use");
+        assert_eq!(name(&many, &hi.clone().tools([]).template("rag")).unwrap(), "rag");
+        assert_eq!(name(&templates(&["default"]), &hi.clone().tools([])).unwrap(), "default");
+        assert_eq!(many.choose(&hi.clone().template("{{ x }}")).unwrap().1, "{{ x }}");
+        let message = |result: Result<String>| result.unwrap_err().to_string();
+        assert!(
+            message(name(&many, &hi.clone().template("ragg"))).contains("\"ragg\"; the checkpoint's templates are: default, rag, tool_use")
+        );
+        assert!(message(name(&templates(&["rag"]), &hi)).contains("no default template; the checkpoint's templates are: rag"));
+        assert!(message(name(&templates(&[]), &hi)).contains("the checkpoint has none"));
+    }
+
+    #[cfg(feature = "chat")]
+    #[test]
+    fn messages_that_cannot_be_rendered_are_a_prompt_s_fault() {
+        let templates = templates(&["default"]);
+        let none = Message::new("assistant", Value::Null);
+        let continued = Messages::new([Message::assistant("a")]).continue_final_message(true);
+        for messages in [Messages::new([]), Messages::new([none]).continue_final_message(true), continued.add_generation_prompt(true)] {
+            assert_eq!(templates.render(&messages).unwrap_err().kind(), "prompt");
+        }
+    }
+
+    #[test]
+    fn reasoning_goes_by_all_its_names_and_nulls_are_dropped() {
+        let message = Message::user("a").with("reasoning", "b").with("tool_calls", Value::Null);
+        assert_eq!(
+            Value::Object(turn(&message)).to_string(),
+            json!({"thinking": "b", "role": "user", "content": "a", "reasoning": "b", "reasoning_content": "b"}).to_string()
+        );
+    }
+
+    #[test]
+    fn damage_names_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let check = |expected: &str| {
+            let error = Templates::from_folder(folder.path()).unwrap_err();
+            assert!(error.kind() == "load" && error.to_string().contains(expected), "{error}");
+        };
+        assert!(Templates::from_folder(folder.path()).unwrap().is_empty());
+        for config in [r#"{"chat_template": 5}"#, r#"{"chat_template": [{"name": "default"}]}"#] {
+            fs::write(folder.path().join("tokenizer_config.json"), config).unwrap();
+            check("tokenizer_config.json: chat_template");
+        }
+        fs::write(folder.path().join("chat_template.jinja"), [0xFF]).unwrap();
+        check("chat_template.jinja");
+    }
+
+    #[cfg(not(feature = "chat"))]
+    #[test]
+    fn without_the_feature_rendering_is_unsupported() {
+        let error = templates(&[]).render(&Messages::new([Message::user("a")])).unwrap_err();
+        assert!(error.kind() == "unsupported" && error.to_string().contains("feature `chat`"), "{error}");
     }
 }

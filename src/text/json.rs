@@ -141,3 +141,29 @@ fn float(number: f64) -> String {
         _ => format!("{number:?}"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn floats_are_spelt_as_python_spells_them() {
+        let floats = [1.0, -0.0, 0.1, 1e15, 1e16, 1.5e300, 1e-4, 1e-5, 2.5e-7, 123_456.789, f64::INFINITY];
+        let expected =
+            ["1.0", "-0.0", "0.1", "1000000000000000.0", "1e+16", "1.5e+300", "0.0001", "1e-05", "2.5e-07", "123456.789", "Infinity"];
+        assert_eq!(floats.map(float), expected);
+    }
+
+    #[test]
+    fn control_characters_are_escaped() {
+        let text = Value::from("\"\\/\n\u{8}\u{1}\u{7f}é😀");
+        let dump = |ascii| dumps(&text, Style::new(ascii, None, None, false)).unwrap();
+        assert_eq!(dump(false), "\"\\\"\\\\/\\n\\b\\u0001\u{7f}é😀\"");
+        assert_eq!(dump(true), "\"\\\"\\\\/\\n\\b\\u0001\\u007f\\u00e9\\ud83d\\ude00\"");
+    }
+
+    #[test]
+    fn what_has_no_json_is_an_error() {
+        assert!(dumps(&Value::UNDEFINED, Style::new(false, None, None, false)).is_err());
+    }
+}
