@@ -166,7 +166,7 @@ impl Run {
 
     // The tokens that a row is counted as: what it may become, within what the model was made for.
     fn capacity(&self, len: usize, max_length: usize) -> usize {
-        max_length.min(self.setting.model.info().context.len().unwrap_or(usize::MAX)).max(len)
+        max_length.min(self.setting.model.info().context.positions().unwrap_or(usize::MAX)).max(len)
     }
 
     fn bytes(&self, max_length: usize) -> u64 {

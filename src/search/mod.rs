@@ -7,7 +7,6 @@ use crate::{
     error::{Error, Result},
     logits,
     model::{Feed, Model, Room, Start, Want},
-    output::FinishReason,
     plan::Plan,
     rows::Row,
 };
@@ -81,9 +80,4 @@ impl Turn<'_> {
         }
         Ok(())
     }
-}
-
-/// Ends every row for a reason from outside.
-pub fn end(rows: &mut [Row], reason: FinishReason) -> Result<()> {
-    rows.iter_mut().try_for_each(|row| row.end(reason))
 }
