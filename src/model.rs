@@ -9,13 +9,22 @@ pub trait Model: Send + Sync {
     /// What generation has to know about the model.
     fn info(&self) -> &ModelInfo;
 
-    /// A fresh cache for each of `sources`. An encoder-decoder model encodes the sources here, all in one pass; a
-    /// decoder-only model ignores them (its prompt is fed through [`Model::forward`]).
-    fn start(&self, sources: &[&[u32]], room: Room) -> Result<Vec<Box<dyn Cache>>>;
+    /// A fresh cache for each row. An encoder-decoder model encodes the sources here, all in one pass; a decoder-only
+    /// model ignores them (its prompt is fed through [`Model::forward`]).
+    fn start(&self, rows: &[Start<'_>]) -> Result<Vec<Box<dyn Cache>>>;
 
     /// Appends each row's new tokens to its cache and computes what `want` asks for. Rows may bring different numbers
     /// of tokens; each brings at least one. A row's result does not depend on the other rows.
     fn forward(&self, rows: &mut [Feed<'_>], want: Want) -> Result<Forward>;
+}
+
+/// What a fresh cache is made for.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Start<'a> {
+    /// What an encoder reads; empty for decoder-only models.
+    pub source: &'a [u32],
+    /// The room that the cache takes.
+    pub room: Room,
 }
 
 /// One row's part of a forward pass.

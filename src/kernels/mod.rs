@@ -3,6 +3,9 @@
 //! Activations are `(tokens, width)`: the new tokens of all rows one after another, no padding. Only [`Ops::attend`]
 //! knows rows. Every other operation treats each token alone, so nothing depends on which rows share a pass.
 
+pub(crate) mod candle;
+pub(crate) mod cpu;
+
 use crate::{
     error::Result,
     model::{Forward, Room},
@@ -21,6 +24,11 @@ pub(crate) trait Ops: Send + Sync + 'static {
     type Angles;
     /// The keys and values of one row, all layers.
     type Store: Store;
+
+    /// Runs a whole pass of operations where they have their threads at hand. Operations work outside of it too, only slower.
+    fn pass<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        work()
+    }
 
     /// Packs `parts`, stacked along their outputs, as one weight; `bias` has one value per output.
     fn weight(&self, parts: &[Matrix<'_>], bias: Option<&[f32]>) -> Result<Self::Weight>;

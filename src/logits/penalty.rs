@@ -1,12 +1,12 @@
 //! Processors that raise or lower scores.
 
-use super::{History, LogitsProcessor};
+use super::{History, LogitsProcessor, decimal};
 use crate::error::Result;
 
 /// Adds a bias to the last token of each sequence whose other tokens end the history (`sequence_bias`).
 #[derive(Debug, Clone)]
 pub struct SequenceBias {
-    /// Non-empty sequences and their biases.
+    /// Distinct sequences and their biases.
     pub biases: Vec<(Vec<u32>, f32)>,
 }
 
@@ -66,62 +66,236 @@ pub struct KeywordBoost {
 impl KeywordBoost {
     /// Which keywords the generated tokens contain, each as a whole token sequence.
     pub fn produced(&self, generated: &[u32]) -> Vec<bool> {
-        let _ = generated;
-        Vec::new()
+        self.keywords.iter().map(|variants| variants.iter().any(|variant| contains(generated, variant))).collect()
     }
 }
 
 impl LogitsProcessor for SequenceBias {
     fn name(&self) -> &str {
-        "SequenceBias"
+        "sequence_bias"
     }
 
     fn process(&self, history: &History<'_>, scores: &mut [f32]) -> Result<()> {
-        let _ = (history, scores);
+        let mut due: Vec<(u32, f32)> = Vec::new();
+        for (sequence, bias) in &self.biases {
+            if let Some((&last, prefix)) = sequence.split_last()
+                && history.tokens.ends_with(prefix)
+            {
+                due.push((last, *bias));
+            }
+        }
+        // HF: the biases of a token are added up before they meet its score, so that opposite ones cancel exactly.
+        due.sort_by_key(|&(id, _)| id);
+        for biases in due.chunk_by(|a, b| a.0 == b.0) {
+            if let Some(score) = biases.first().and_then(|&(id, _)| scores.get_mut(id as usize)) {
+                *score += biases.iter().map(|&(_, bias)| bias).sum::<f32>();
+            }
+        }
         Ok(())
     }
 }
 
 impl LogitsProcessor for RepetitionPenalty {
     fn name(&self) -> &str {
-        "RepetitionPenalty"
+        "repetition_penalty"
     }
 
     fn process(&self, history: &History<'_>, scores: &mut [f32]) -> Result<()> {
-        let _ = (history, scores);
+        let tokens = history.tokens;
+        let seen = match self.scope {
+            PenaltyScope::All => tokens,
+            PenaltyScope::Generated => history.generated(),
+            PenaltyScope::Last(n) => &tokens[tokens.len().saturating_sub(n)..],
+        };
+        penalise(scores, seen, &self.exempt, self.penalty);
         Ok(())
     }
 }
 
 impl LogitsProcessor for EncoderRepetitionPenalty {
     fn name(&self) -> &str {
-        "EncoderRepetitionPenalty"
+        "encoder_repetition_penalty"
     }
 
     fn process(&self, history: &History<'_>, scores: &mut [f32]) -> Result<()> {
-        let _ = (history, scores);
+        penalise(scores, history.source, &[], (1.0 / decimal(self.penalty)) as f32);
         Ok(())
     }
 }
 
 impl LogitsProcessor for ExponentialDecay {
     fn name(&self) -> &str {
-        "ExponentialDecay"
+        "exponential_decay_length_penalty"
     }
 
     fn process(&self, history: &History<'_>, scores: &mut [f32]) -> Result<()> {
-        let _ = (history, scores);
+        let steps = history.tokens.len().saturating_sub(history.prompt_len).saturating_sub(self.start);
+        if steps == 0 {
+            return Ok(());
+        }
+        // HF: a power that overflows is an error there; here the end becomes as likely as can be.
+        let gain = (decimal(self.factor).powf(steps as f64) - 1.0).min(f64::from(f32::MAX)) as f32;
+        for (index, &id) in self.eos.iter().enumerate() {
+            if let Some(score) = scores.get_mut(id as usize)
+                && score.is_finite()
+                && !self.eos[..index].contains(&id)
+            {
+                *score = (*score + score.abs() * gain).min(f32::MAX);
+            }
+        }
         Ok(())
     }
 }
 
 impl LogitsProcessor for KeywordBoost {
     fn name(&self) -> &str {
-        "KeywordBoost"
+        "keyword_boost"
     }
 
     fn process(&self, history: &History<'_>, scores: &mut [f32]) -> Result<()> {
-        let _ = (history, scores);
+        if history.max_length.saturating_sub(history.tokens.len()) <= self.stop {
+            return Ok(());
+        }
+        let generated = history.generated();
+        let missing = self.keywords.iter().filter(|variants| !variants.iter().any(|variant| contains(generated, variant)));
+        let mut wanted: Vec<u32> = missing.flatten().filter_map(|variant| next(generated, variant)).collect();
+        wanted.sort_unstable();
+        wanted.dedup();
+        for id in wanted {
+            if let Some(score) = scores.get_mut(id as usize) {
+                *score += self.bias;
+            }
+        }
         Ok(())
+    }
+}
+
+/// Moves the score of each distinct token of `seen` away from the best, or towards it if `penalty` is below 1.
+fn penalise(scores: &mut [f32], seen: &[u32], exempt: &[u32], penalty: f32) {
+    let mut done = vec![0u64; scores.len().div_ceil(64)]; // a bit per id
+    let mut fresh = |id: u32| {
+        done.get_mut(id as usize / 64).is_some_and(|word| {
+            let bit = 1 << (id % 64);
+            let fresh = *word & bit == 0;
+            *word |= bit;
+            fresh
+        })
+    };
+    for &id in exempt {
+        fresh(id);
+    }
+    for &id in seen {
+        // HF: ids that the model has no score for are ignored.
+        if fresh(id)
+            && let Some(score) = scores.get_mut(id as usize)
+        {
+            *score = if *score < 0.0 { *score * penalty } else { *score / penalty };
+        }
+    }
+}
+
+/// Whether `tokens` contain `sequence`, which is never so for an empty one.
+fn contains(tokens: &[u32], sequence: &[u32]) -> bool {
+    !sequence.is_empty() && tokens.windows(sequence.len()).any(|window| window == sequence)
+}
+
+/// The token that continues `variant`, of which `generated` may end with the longest proper prefix or with none.
+fn next(generated: &[u32], variant: &[u32]) -> Option<u32> {
+    let begun = (1..variant.len()).rev().find(|&len| generated.ends_with(&variant[..len]));
+    variant.get(begun.unwrap_or(0)).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::processed, *};
+
+    const INF: f32 = f32::INFINITY;
+    const ROW: [f32; 6] = [1.5, -2.0, 0.3, 4.0, -0.7, 0.0];
+
+    /// A history of a prompt of 3 tokens.
+    fn history(tokens: &[u32]) -> History<'_> {
+        History::new(tokens, 3, 100)
+    }
+
+    #[test]
+    fn sequence_bias_meets_the_last_token() {
+        let biases = |list: &[(&[u32], f32)]| SequenceBias { biases: list.iter().map(|(ids, bias)| (ids.to_vec(), *bias)).collect() };
+        let bias =
+            biases(&[(&[0], 2.0), (&[1, 2], -3.5), (&[5, 1, 2], 1.25), (&[3, 4], 9.0), (&[2], 0.1), (&[3], -INF), (&[], 1.0), (&[6], 1.0)]);
+        assert_eq!(processed(&bias, &history(&[5, 1]), &ROW), [3.5, -2.0, -1.8500001, -INF, -0.7, 0.0]);
+        let opposite = biases(&[(&[2], 1e8), (&[1, 2], -1e8)]);
+        assert_eq!(processed(&opposite, &history(&[1]), &[0.1; 3]), [0.1; 3]);
+    }
+
+    #[test]
+    fn repetition_penalty_counts_a_token_once() {
+        let penalty = |penalty, scope, exempt: &[u32]| RepetitionPenalty { penalty, scope, exempt: exempt.to_vec() };
+        let seen = [0, 1, 1, 3, 5, 7, 9];
+        let all = penalty(1.3, PenaltyScope::All, &[]);
+        assert_eq!(processed(&all, &history(&seen), &ROW), [1.1538461, -2.6, 0.3, 3.0769231, -0.7, 0.0]);
+        let generated = penalty(1.3, PenaltyScope::Generated, &[]);
+        assert_eq!(processed(&generated, &history(&seen), &ROW), [1.5, -2.0, 0.3, 3.0769231, -0.7, 0.0]);
+        for (n, row) in [
+            (0, ROW),
+            (4, [1.5, -2.0, 0.3, 3.0769231, -0.7, 0.0]),
+            (5, [1.5, -2.6, 0.3, 3.0769231, -0.7, 0.0]),
+            (99, [1.1538461, -2.6, 0.3, 3.0769231, -0.7, 0.0]),
+        ] {
+            assert_eq!(processed(&penalty(1.3, PenaltyScope::Last(n), &[]), &history(&seen), &ROW), row, "{n}");
+        }
+        let exempt = penalty(1.3, PenaltyScope::All, &[1, 70, u32::MAX]);
+        assert_eq!(processed(&exempt, &history(&seen), &ROW), [1.1538461, -2.0, 0.3, 3.0769231, -0.7, 0.0]);
+        let reward = penalty(0.8, PenaltyScope::All, &[]);
+        assert_eq!(processed(&reward, &history(&[0, 1, 1, 3, 2]), &[1.5, -2.0, -INF, INF]), [1.875, -1.6, -INF, INF]);
+    }
+
+    #[test]
+    fn encoder_penalty_is_the_inverse_over_the_source() {
+        let history = History { source: &[0, 1, 1, 4], ..history(&[2]) };
+        let scores = processed(&EncoderRepetitionPenalty { penalty: 1.3 }, &history, &ROW);
+        assert_eq!(scores, [1.9499999, -1.5384616, 0.3, 4.0, -0.53846157, 0.0]);
+    }
+
+    #[test]
+    fn exponential_decay_grows_after_its_start() {
+        let decay = |factor| ExponentialDecay { start: 2, factor, eos: vec![1, 3, 4, 3, 9] };
+        let row = [1.5, -2.0, 0.3, 4.0, -INF, 0.0];
+        assert_eq!(processed(&decay(1.05), &history(&[0; 10]), &row), [1.5, -1.4474368, 0.3, 5.1051264, -INF, 0.0]);
+        for len in 1..=5 {
+            assert_eq!(processed(&decay(1.05), &history(&[0; 5][..len]), &row), row);
+        }
+        assert_eq!(processed(&decay(1e9), &history(&[0; 99]), &row), [1.5, f32::MAX, 0.3, f32::MAX, -INF, 0.0]);
+    }
+
+    fn boost() -> KeywordBoost {
+        KeywordBoost { keywords: vec![vec![vec![1, 2, 3], vec![4]], vec![vec![1, 2, 1, 5], vec![]], vec![vec![7]]], bias: 5.0, stop: 10 }
+    }
+
+    #[test]
+    fn keywords_count_when_complete() {
+        assert_eq!(boost().produced(&[1, 2, 9, 2, 1, 5]), [false, false, false]);
+        assert_eq!(boost().produced(&[9, 1, 2, 3, 7]), [true, false, true]);
+        assert_eq!(boost().produced(&[4, 1, 2, 1, 5]), [true, true, false]);
+        assert_eq!(boost().produced(&[]), [false; 3]);
+    }
+
+    #[test]
+    fn keyword_boost_raises_what_comes_next() {
+        let raised = |tokens: &[u32]| -> Vec<usize> {
+            let scores = processed(&boost(), &history(tokens), &[1.0; 8]);
+            assert!(scores.iter().all(|&score| score == 1.0 || score == 6.0));
+            (0..8).filter(|&id| scores[id] == 6.0).collect()
+        };
+        assert_eq!(raised(&[0, 0, 0]), [1, 4, 7]); // both keywords want 1, which is raised once
+        assert_eq!(raised(&[0, 1, 2]), [1, 4, 7]); // a prompt begins nothing
+        assert_eq!(raised(&[0, 0, 0, 1]), [2, 4, 7]);
+        assert_eq!(raised(&[0, 0, 0, 1, 2]), [1, 3, 4, 7]);
+        assert_eq!(raised(&[0, 0, 0, 1, 2, 1]), [2, 4, 5, 7]); // the longest beginning of [1, 2, 1, 5]
+        assert_eq!(raised(&[0, 0, 0, 1, 2, 9]), [1, 4, 7]);
+        assert_eq!(raised(&[0, 0, 0, 7, 4]), [1]);
+        assert!(raised(&[0, 0, 0, 7, 4, 1, 2, 1, 5]).is_empty());
+        let tokens = [0; 90];
+        assert_eq!(raised(&tokens[..89]), [1, 4, 7]);
+        assert!(raised(&tokens).is_empty());
     }
 }

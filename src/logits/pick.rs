@@ -1,32 +1,174 @@
 //! Chooses tokens: the largest score, or a draw that depends on nothing but the row's seed and the step.
 
-/// The index of the largest score; the first of equals. `None` if no score is above negative infinity.
+use super::{
+    rank,
+    softmax::{BLOCK, exp, max, total},
+};
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{RngCore, SeedableRng},
+};
+
+/// The index of the largest score; the first of equals, and never NaN. `None` if no score is above negative infinity.
 pub fn argmax(scores: &[f32]) -> Option<u32> {
-    let _ = scores;
-    None
+    let max = max(scores);
+    if max == f32::NEG_INFINITY {
+        return None;
+    }
+    scores.iter().position(|&score| score == max).map(|id| id as u32)
+}
+
+/// The `n` largest scores and their indices, best first and of equals the lower index first; NaN and negative infinity
+/// are left out.
+pub fn top(scores: &[f32], n: usize) -> Vec<(u32, f32)> {
+    let mut keys = rank::largest(scores, n);
+    keys.sort_unstable();
+    keys.into_iter().map(rank::id).filter_map(|id| Some((id as u32, *scores.get(id)?))).collect()
 }
 
 /// An index drawn with probability softmax(`scores`), by inverting the cumulative distribution at `u` in `[0, 1)`, in
-/// index order. `None` if no score is above negative infinity.
+/// index order. Positive infinity wins, NaN never. `None` if no score is above negative infinity.
 pub fn sample(scores: &[f32], u: f64) -> Option<u32> {
-    let _ = (scores, u);
-    None
+    let max = max(scores);
+    if max.is_infinite() {
+        return argmax(scores);
+    }
+    let weight = |score: f32| exp(score - max);
+    let goal = u * total(scores, weight);
+    let mut below = 0.0;
+    for (block, chunk) in scores.chunks(BLOCK).enumerate() {
+        let mass = total(chunk, weight);
+        if below + mass <= goal {
+            below += mass;
+            continue;
+        }
+        for (offset, &score) in chunk.iter().enumerate() {
+            below += f64::from(weight(score));
+            if below > goal {
+                return Some((block * BLOCK + offset) as u32);
+            }
+        }
+    }
+    // Sums in another order may end a rounding error short of the goal.
+    scores.iter().rposition(|&score| weight(score) > 0.0).map(|id| id as u32)
 }
 
-/// The draw of step `step` of a row, uniform in `[0, 1)`: ChaCha8 at a counted position, so forks carry no state.
+/// The draw of step `step` of a row, uniform in `[0, 1)` with 53 bits: two words of ChaCha8 at a counted position, so
+/// forks carry no state.
 pub fn uniform(seed: u64, step: u64) -> f64 {
-    let _ = (seed, step);
-    0.0
+    let mut words = ChaCha8Rng::seed_from_u64(seed);
+    words.set_word_pos(2 * u128::from(step));
+    (words.next_u64() >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// The seed of row `row` of a call: the call's own for row 0, a fixed hash of both for the others.
+/// The seed of row `row` of a call: the call's own for row 0, for the others output `row` of SplitMix64
+/// (<https://prng.di.unimi.it/splitmix64.c>) started at it.
 pub fn row_seed(seed: u64, row: u64) -> u64 {
-    let _ = row;
-    seed
+    if row == 0 {
+        return seed;
+    }
+    let mut hash = seed.wrapping_add(row.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    hash = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    hash = (hash ^ (hash >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    hash ^ (hash >> 31)
 }
 
-/// The natural logarithm of the sum of exponentials, in f64.
+/// The natural logarithm of the sum of exponentials, added up in f64; NaN counts as negative infinity.
 pub fn log_sum_exp(scores: &[f32]) -> f64 {
-    let _ = scores;
-    0.0
+    let max = max(scores);
+    if max.is_infinite() { f64::from(max) } else { f64::from(max) + total(scores, |score| exp(score - max)).ln() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INF: f32 = f32::INFINITY;
+
+    #[test]
+    fn argmax_takes_the_first() {
+        assert_eq!(argmax(&[1.0, 3.0, f32::NAN, 3.0]), Some(1));
+        assert_eq!(argmax(&[-0.0, 0.0]), Some(0));
+        assert_eq!(argmax(&[-INF, f32::MIN]), Some(1));
+        assert_eq!(argmax(&[0.0, INF, INF]), Some(1));
+        for none in [&[][..], &[-INF, -INF], &[f32::NAN]] {
+            assert_eq!(argmax(none), None);
+        }
+        let mut row: Vec<f32> = (0..1_000).map(|id| (id % 97) as f32).collect();
+        assert_eq!(argmax(&row), Some(96));
+        row[999] = 97.0;
+        assert_eq!(argmax(&row), Some(999));
+    }
+
+    #[test]
+    fn top_is_best_first() {
+        let row = [1.0, 3.0, -INF, 3.0, f32::NAN, -0.0, 0.0];
+        assert_eq!(top(&row, 4), [(1, 3.0), (3, 3.0), (0, 1.0), (5, 0.0)]);
+        assert_eq!(top(&row, usize::MAX).len(), 5);
+        assert!(top(&row, 0).is_empty());
+    }
+
+    #[test]
+    fn sample_inverts_the_distribution() {
+        // probabilities 1/8, 0, 5/8, 0, 1/4
+        let row = [1.0f32.ln(), -INF, 5.0f32.ln(), f32::NAN, 2.0f32.ln()];
+        for (u, id) in [(0.0, 0), (0.12, 0), (0.13, 2), (0.74, 2), (0.76, 4), (1.0 - 1e-16, 4), (1.0, 4)] {
+            assert_eq!(sample(&row, u), Some(id), "{u}");
+        }
+        assert_eq!(sample(&[0.0, INF, INF], 0.9), Some(1));
+        assert_eq!(sample(&[-INF, 0.0, -INF], 0.0), Some(1));
+        assert_eq!(sample(&[-INF, 0.0, -200.0], 1.0), Some(1));
+        assert_eq!(sample(&[f32::MIN; 4], 0.6), Some(2));
+        assert_eq!(sample(&[-INF; 3], 0.5), None);
+        assert_eq!(sample(&[f32::NAN], 0.5), None);
+        let flat = [7.0; 1_000];
+        for id in [0, 1, 63, 64, 65, 500, 999] {
+            assert_eq!(sample(&flat, (f64::from(id) + 0.5) / 1_000.0), Some(id as u32));
+        }
+    }
+
+    #[test]
+    fn sample_follows_softmax() {
+        let row: Vec<f32> = (0..100).map(|id| if id % 10 == 3 { (id as f32 * 0.37).sin() * 2.0 } else { -INF }).collect();
+        let sum = log_sum_exp(&row);
+        let draws = 4_000;
+        let mut counts = vec![0u32; row.len()];
+        for step in 0..draws {
+            if let Some(id) = sample(&row, uniform(5, step)) {
+                counts[id as usize] += 1;
+            }
+        }
+        let mut chi_square = 0.0;
+        for (&score, &count) in row.iter().zip(&counts) {
+            let expected = (f64::from(score) - sum).exp() * draws as f64;
+            assert!(expected > 0.0 || count == 0);
+            if expected > 0.0 {
+                chi_square += (f64::from(count) - expected).powi(2) / expected;
+            }
+        }
+        assert!(chi_square < 27.88, "{chi_square}"); // 9 degrees of freedom, p = 0.001
+    }
+
+    #[test]
+    fn draws_are_pinned() {
+        let draws = [uniform(0, 0), uniform(0, 1), uniform(1, 0), uniform(u64::MAX, u64::MAX)];
+        assert_eq!(draws, [0.7090754154265618, 0.46592172228961015, 0.40248566366484806, 0.13623943518840775]);
+        assert_eq!([row_seed(42, 0), row_seed(42, 1), row_seed(42, 2)], [42, 13_679_457_532_755_275_413, 2_949_826_092_126_892_291]);
+    }
+
+    #[test]
+    fn draws_are_one_stream() {
+        let mut words = ChaCha8Rng::seed_from_u64(9);
+        for step in 0..100 {
+            assert_eq!(uniform(9, step), (words.next_u64() >> 11) as f64 * 2f64.powi(-53));
+        }
+    }
+
+    #[test]
+    fn log_sum_exp_is_exact_at_the_edges() {
+        assert!((log_sum_exp(&[1.0, 2.0, 3.0]) - 3.407_605_964_444_38).abs() < 1e-7);
+        assert_eq!(log_sum_exp(&[1e30, 0.0]), f64::from(1e30f32));
+        assert_eq!([log_sum_exp(&[]), log_sum_exp(&[-INF])], [f64::NEG_INFINITY; 2]);
+        assert_eq!(log_sum_exp(&[INF, 0.0]), f64::INFINITY);
+    }
 }

@@ -1,5 +1,20 @@
 //! Text at the door and at the exit: prompts, the tokenizer, and text that appears token by token.
 
+mod chat;
+#[cfg(feature = "chat")]
+mod clock;
+mod detok;
+#[cfg(feature = "chat")]
+mod jinja;
+#[cfg(feature = "chat")]
+mod json;
+mod prompt;
+mod special;
+mod stops;
 mod tokenizer;
 
+pub use chat::Templates;
+pub use detok::Detokenizer;
+pub use prompt::{Message, Messages, Prompt};
+pub use stops::{Scan, StopStrings, Watch};
 pub use tokenizer::Tokenizer;

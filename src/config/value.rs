@@ -1,0 +1,245 @@
+//! The types of fields that numbers, strings and lists do not cover, and how each type is read from JSON.
+
+use super::Strategy;
+use crate::{error::Problem, logits::PenaltyScope};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+/// A whole number of any width, as the setters take it. Negative ones can be set, so that a mistake is reported with its value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Int(i64);
+
+/// One value or a list, kept in the form in which it was given.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum OneOrMany<T> {
+    /// One value.
+    One(T),
+    /// A list.
+    Many(Vec<T>),
+}
+
+impl<T> OneOrMany<T> {
+    /// The values.
+    pub fn as_slice(&self) -> &[T] {
+        match self {
+            Self::One(value) => std::slice::from_ref(value),
+            Self::Many(values) => values,
+        }
+    }
+}
+
+/// When a beam search ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EarlyStopping {
+    /// When no better candidate exists.
+    Never,
+    /// As soon as `num_beams` candidates are finished (`true`), or when a better one is unlikely (`false`).
+    #[serde(untagged)]
+    When(bool),
+}
+
+/// The layers that DoLa contrasts with the last one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DolaLayers {
+    /// The lower half.
+    Low,
+    /// The upper half.
+    High,
+    /// These.
+    #[serde(untagged)]
+    Layers(Vec<usize>),
+}
+
+/// Words to steer towards: the next token of every keyword not yet produced is raised.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Boost {
+    /// The keywords.
+    pub words: Vec<String>,
+    /// What is added to the score; 5 unless set.
+    #[serde(default = "five")]
+    pub bias: f64,
+    /// Boosting stops this many tokens before the row's end; 10 unless set.
+    #[serde(default = "ten")]
+    pub stop: usize,
+}
+
+impl Boost {
+    /// Boosts `words` with the default bias and stop.
+    pub fn new<S: Into<String>>(words: impl IntoIterator<Item = S>) -> Self {
+        Self { words: words.into_iter().map(Into::into).collect(), bias: five(), stop: ten() }
+    }
+}
+
+/// A type that a field of the config has.
+pub(super) trait Field: Sized {
+    /// The values accepted, as an error names them.
+    const ACCEPTS: &'static str;
+
+    fn read(value: &Value) -> Option<Self>;
+
+    fn write(&self) -> Value;
+}
+
+/// The value of `key`; null is unset, and what does not fit the type is a problem.
+pub(super) fn read<T: Field>(key: &str, value: &Value, problems: &mut Vec<Problem>) -> Option<T> {
+    if value.is_null() {
+        return None;
+    }
+    let read = T::read(value);
+    if read.is_none() {
+        problems.push(Problem { field: key.to_owned(), value: shown(value), reason: format!("accepted is {}", T::ACCEPTS) });
+    }
+    read
+}
+
+/// JSON for an error message, cut where it is long.
+fn shown(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(80) {
+        Some((end, _)) => format!("{}..", text.get(..end).unwrap_or_default()),
+        None => text,
+    }
+}
+
+macro_rules! serde_fields {
+    ($($type:ty: $accepts:literal,)*) => {$(
+        impl Field for $type {
+            const ACCEPTS: &'static str = $accepts;
+
+            fn read(value: &Value) -> Option<Self> {
+                Self::deserialize(value).ok()
+            }
+
+            fn write(&self) -> Value {
+                json!(self)
+            }
+        }
+    )*};
+}
+
+serde_fields! {
+    bool: "true or false",
+    i64: "an integer",
+    u64: "an integer from 0 up",
+    // HF: an integer where a float belongs is an error there when the processor is built; it means the same number.
+    f64: "a number",
+    String: "a string",
+    Value: "any value",
+    Vec<u32>: "a list of token ids",
+    Vec<u64>: "a list of integers from 0 up",
+    Vec<Vec<u32>>: "a list of lists of token ids",
+    (i64, f64): "a list of an integer and a number",
+    OneOrMany<i64>: "a token id or a list of token ids",
+    OneOrMany<String>: "a string or a list of strings",
+    EarlyStopping: "true, false or \"never\"",
+    DolaLayers: "\"low\", \"high\" or a list of layers",
+    PenaltyScope: "\"all\", \"generated\" or {\"last\": n}",
+    Boost: "{\"words\": a list of strings, \"bias\": a number, \"stop\": an integer from 0 up}",
+    Strategy: "a mode with its parameters, such as {\"mode\": \"beam\", \"num_beams\": 4}",
+}
+
+impl Field for Vec<(Vec<u32>, f64)> {
+    const ACCEPTS: &'static str = "a list of pairs of a list of token ids and a number";
+
+    /// HF: a file saved from a dict with tuple keys has text such as `"(5, 6)"` for them, which transformers cannot load back.
+    fn read(value: &Value) -> Option<Self> {
+        let Value::Object(object) = value else { return Self::deserialize(value).ok() };
+        let pair = |(key, bias): (&String, &Value)| {
+            let ids = key.strip_prefix('(')?.strip_suffix(')')?;
+            let ids = ids.strip_suffix(',').unwrap_or(ids).split(',').map(|id| id.trim().parse().ok());
+            Some((ids.collect::<Option<_>>()?, bias.as_f64()?))
+        };
+        object.iter().map(pair).collect()
+    }
+
+    /// JSON has no infinities: the largest finite number stands for them, and becomes one as `f32`.
+    fn write(&self) -> Value {
+        json!(self.iter().map(|(ids, bias)| (ids, bias.clamp(f64::MIN, f64::MAX))).collect::<Vec<_>>())
+    }
+}
+
+impl Field for Vec<Vec<Vec<u32>>> {
+    const ACCEPTS: &'static str = "a list of phrases, each a list of token ids or a list of such lists";
+
+    fn read(value: &Value) -> Option<Self> {
+        let phrase = |entry: &Value| {
+            let one = Vec::<u32>::deserialize(entry).map(|ids| vec![ids]);
+            one.or_else(|_| Vec::<Vec<u32>>::deserialize(entry)).ok()
+        };
+        value.as_array()?.iter().map(phrase).collect()
+    }
+
+    fn write(&self) -> Value {
+        let phrase = |alternatives: &Vec<Vec<u32>>| match alternatives.as_slice() {
+            [ids] => json!(ids),
+            alternatives => json!(alternatives),
+        };
+        self.iter().map(phrase).collect()
+    }
+}
+
+impl From<bool> for EarlyStopping {
+    fn from(value: bool) -> Self {
+        Self::When(value)
+    }
+}
+
+impl From<Int> for i64 {
+    fn from(value: Int) -> Self {
+        value.0
+    }
+}
+
+macro_rules! ints {
+    ($($type:ty)*) => {$(
+        impl From<$type> for Int {
+            fn from(value: $type) -> Self {
+                Self(i64::try_from(value).unwrap_or(i64::MAX))
+            }
+        }
+    )*};
+}
+
+ints!(i32 u32 i64 u64 usize);
+
+macro_rules! one_or_many {
+    ($($from:ty => $type:ty;)*) => {$(
+        impl From<$from> for OneOrMany<$type> {
+            fn from(value: $from) -> Self {
+                Self::One(value.into())
+            }
+        }
+
+        impl From<Vec<$from>> for OneOrMany<$type> {
+            fn from(values: Vec<$from>) -> Self {
+                Self::Many(values.into_iter().map(Into::into).collect())
+            }
+        }
+
+        impl<const N: usize> From<[$from; N]> for OneOrMany<$type> {
+            fn from(values: [$from; N]) -> Self {
+                Self::Many(values.into_iter().map(Into::into).collect())
+            }
+        }
+    )*};
+}
+
+one_or_many! {
+    i32 => i64;
+    u32 => i64;
+    i64 => i64;
+    &str => String;
+    String => String;
+}
+
+fn five() -> f64 {
+    5.0
+}
+
+fn ten() -> usize {
+    10
+}

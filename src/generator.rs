@@ -1,0 +1,233 @@
+//! The front door: a model, its tokenizer and its own config, shared by any number of threads.
+
+use crate::{
+    config::GenerationConfig,
+    error::{Error, Result},
+    memory::Memory,
+    model::Model,
+    models::{self, Kernels, LoadOptions},
+    output::Output,
+    plan::{Explanation, Plan},
+    progress::OnProgress,
+    run::{Run, Setting, Stream},
+    text::{Prompt, Templates, Tokenizer},
+};
+use candle_core::{DType, Device};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+/// Tokens of all rows in flight unless the builder says otherwise.
+const BATCH_TOKENS: usize = 1 << 16;
+
+/// Generates text with one loaded model. A clone shares the model, and any number of threads may generate at once.
+///
+/// ```no_run
+/// use candle_generate::{GenerationConfig, Generator};
+///
+/// let generator = Generator::from_pretrained("examples/models/storyteller")?;
+/// let config = GenerationConfig::sampling().temperature(0.7).top_p(0.95).max_new_tokens(64);
+/// let output = generator.generate("Once upon a time", &config)?;
+/// println!("{}", output.text());
+/// # Ok::<(), candle_generate::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Generator {
+    setting: Setting,
+    config: Arc<GenerationConfig>,
+    templates: Arc<Templates>,
+}
+
+impl Generator {
+    /// Loads a folder in Hugging Face's format: `config.json`, `model.safetensors` (or shards and their index), and where
+    /// they exist `generation_config.json`, `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`.
+    ///
+    /// # Errors
+    /// [`Error::Load`] names the file that is missing, damaged or contradicts another one.
+    pub fn from_pretrained(folder: impl AsRef<Path>) -> Result<Self> {
+        Self::builder(folder).load()
+    }
+
+    /// As [`Generator::from_pretrained`], with options.
+    pub fn builder(folder: impl AsRef<Path>) -> Builder {
+        Builder {
+            folder: folder.as_ref().to_owned(),
+            options: LoadOptions::default(),
+            memory_limit: None,
+            batch_tokens: BATCH_TOKENS,
+        }
+    }
+
+    /// Generates with a model of one's own. Without a tokenizer, prompts are ids and results have no text.
+    pub fn new(model: impl Model + 'static, tokenizer: Option<Tokenizer>) -> Self {
+        Self {
+            setting: Setting { model: Arc::new(model), tokenizer, progress: None, memory_limit: None, batch_tokens: BATCH_TOKENS },
+            config: Arc::default(),
+            templates: Arc::default(),
+        }
+    }
+
+    /// Replaces the model's own config: what a call leaves unset is taken from it.
+    pub fn with_config(mut self, config: GenerationConfig) -> Self {
+        self.config = Arc::new(config);
+        self
+    }
+
+    /// Continues one prompt: text, ids or messages.
+    pub fn generate(&self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Output> {
+        self.generate_batch([prompt], config)
+    }
+
+    /// Continues several prompts of any lengths. Each row is what it would be alone.
+    pub fn generate_batch<P: Into<Prompt>>(&self, prompts: impl IntoIterator<Item = P>, config: &GenerationConfig) -> Result<Output> {
+        let mut run = self.run(prompts, config)?;
+        while run.step(None)? {}
+        run.output()
+    }
+
+    /// Continues one prompt, piece by piece.
+    pub fn stream(&self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Stream> {
+        self.stream_batch([prompt], config)
+    }
+
+    /// Continues several prompts, piece by piece; [`Piece::row`](crate::Piece::row) says which row a piece belongs to.
+    pub fn stream_batch<P: Into<Prompt>>(&self, prompts: impl IntoIterator<Item = P>, config: &GenerationConfig) -> Result<Stream> {
+        Ok(Stream::new(self.run(prompts, config)?))
+    }
+
+    /// What a call with this config will do: mode, processors in order, where each value came from, memory for one prompt.
+    pub fn explain(&self, config: &GenerationConfig) -> Result<Explanation> {
+        let plan = self.plan(config)?;
+        let memory = Memory::new(&plan, self.model().info(), 1, 1);
+        let mut explanation = plan.explanation;
+        explanation.notes.push(format!("memory for a one-token prompt: {memory}"));
+        Ok(explanation)
+    }
+
+    /// Bytes that a call would take at its longest, for `prompts` prompts of `prompt_len` tokens.
+    pub fn memory(&self, config: &GenerationConfig, prompts: usize, prompt_len: usize) -> Result<Memory> {
+        Ok(Memory::new(&self.plan(config)?, self.model().info(), prompts, prompt_len))
+    }
+
+    /// The ids that a prompt is fed as.
+    pub fn encode(&self, prompt: impl Into<Prompt>) -> Result<Vec<u32>> {
+        let (text, special) = match prompt.into() {
+            Prompt::Ids(ids) => return Ok(ids),
+            Prompt::Text(text) => (text, true),
+            Prompt::Messages(messages) => (self.templates.render(&messages)?, false),
+        };
+        let tokenizer = self.tokenizer().ok_or_else(|| Error::Prompt("a prompt of text needs a tokenizer: none was loaded".into()))?;
+        tokenizer.encode(&text, special)
+    }
+
+    /// The model.
+    pub fn model(&self) -> &dyn Model {
+        self.setting.model.as_ref()
+    }
+
+    /// The tokenizer, if there is one.
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.setting.tokenizer.as_ref()
+    }
+
+    /// The chat templates.
+    pub fn templates(&self) -> &Templates {
+        &self.templates
+    }
+
+    /// The model's own config.
+    pub fn config(&self) -> &GenerationConfig {
+        &self.config
+    }
+
+    fn plan(&self, config: &GenerationConfig) -> Result<Plan> {
+        Plan::new(config, &self.config, self.model().info(), self.tokenizer())
+    }
+
+    fn run<P: Into<Prompt>>(&self, prompts: impl IntoIterator<Item = P>, config: &GenerationConfig) -> Result<Run> {
+        let plan = self.plan(config)?;
+        let mut ids = Vec::new();
+        for prompt in prompts {
+            let mut prompt = self.encode(prompt)?;
+            if prompt.is_empty() {
+                prompt.extend(plan.bos);
+            }
+            ids.push(prompt);
+        }
+        Run::new(self.setting.clone(), plan, ids)
+    }
+}
+
+impl fmt::Debug for Generator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Generator").field("model", self.model().info()).finish_non_exhaustive()
+    }
+}
+
+/// Options of loading. Every one has a default.
+#[derive(Debug, Clone)]
+pub struct Builder {
+    folder: PathBuf,
+    options: LoadOptions,
+    memory_limit: Option<u64>,
+    batch_tokens: usize,
+}
+
+impl Builder {
+    /// Where the model runs; the CPU unless set.
+    pub fn device(mut self, device: Device) -> Self {
+        self.options.device = device;
+        self
+    }
+
+    /// The type of the arithmetic (`F32`, `BF16` or `F16`): on the CPU `F32` unless set, whatever type the file has.
+    pub fn dtype(mut self, dtype: DType) -> Self {
+        self.options.dtype = Some(dtype);
+        self
+    }
+
+    /// Which implementation of the decoder's operations is used.
+    pub fn kernels(mut self, kernels: Kernels) -> Self {
+        self.options.kernels = kernels;
+        self
+    }
+
+    /// Told about the progress of loading and of long prompts; can cancel both.
+    pub fn progress(mut self, progress: OnProgress) -> Self {
+        self.options.progress = Some(progress);
+        self
+    }
+
+    /// Bytes that weights and caches may take: a call that needs more is refused before anything is allocated, and a
+    /// batch is worked through in parts that fit.
+    pub fn memory_limit(mut self, bytes: u64) -> Self {
+        self.memory_limit = Some(bytes);
+        self
+    }
+
+    /// Tokens of all rows in flight (65,536 unless set), each row counted at its largest length: a larger batch is worked
+    /// through in parts. One prompt's rows are never parted.
+    pub fn batch_tokens(mut self, tokens: usize) -> Self {
+        self.batch_tokens = tokens;
+        self
+    }
+
+    /// Loads.
+    pub fn load(self) -> Result<Generator> {
+        let Self { folder, options, memory_limit, batch_tokens } = self;
+        if !folder.is_dir() {
+            return Err(Error::load(folder, "there is no such folder; a checkpoint folder with config.json is accepted"));
+        }
+        let config = GenerationConfig::from_pretrained(&folder)?;
+        let tokenizer = Tokenizer::from_folder(&folder)?;
+        let templates = Templates::from_folder(&folder)?;
+        let model = models::load(&folder, &options)?;
+        Ok(Generator {
+            setting: Setting { model, tokenizer, progress: options.progress, memory_limit, batch_tokens },
+            config: Arc::new(config),
+            templates: Arc::new(templates),
+        })
+    }
+}

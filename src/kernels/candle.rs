@@ -1,0 +1,414 @@
+//! The operations in candle's own: any device and float type, the reference that the fused ones are tested against.
+
+use super::{Activation, Attention, Matrix, Norm, NormKind, Ops, Rope, Span, Store, StoreShape};
+use crate::{
+    error::{Error, Result},
+    model::{Forward, Room},
+};
+use candle_core::{D, DType, Device, Tensor};
+use candle_nn::{ops::softmax_last_dim, rotary_emb::rope_thd};
+
+/// Candle's operations on one device. `dtype` is that of activations; as in the reference's eager code norms, softmax
+/// and activation functions are computed in f32 and rounded back.
+pub(crate) struct CandleOps {
+    device: Device,
+    dtype: DType,
+    /// The type in which matrices are multiplied. Candle has no bf16 product on the CPU; products there accumulate in
+    /// f32 over values already rounded to `dtype`, as the reference's do.
+    product: DType,
+}
+
+/// A matrix `(outputs, inputs)` and its bias, in the type of products.
+pub(crate) struct Weight {
+    matrix: Tensor,
+    bias: Option<Tensor>,
+}
+
+/// Cosines and sines, `(tokens, pairs)`.
+pub(crate) struct Angles {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+/// Keys and values of each layer, `(kv_heads, positions, head_dim)`; tensors are shared by clones.
+#[derive(Clone)]
+pub(crate) struct Tensors {
+    layers: Vec<Option<[Tensor; 2]>>,
+    len: usize,
+}
+
+impl CandleOps {
+    pub fn new(device: Device, dtype: DType) -> Self {
+        let product = if device.is_cpu() { DType::F32 } else { dtype };
+        Self { device, dtype, product }
+    }
+
+    /// Queries `(heads, count, head_dim)` on all keys and values, the last `count` of which are the queries' own.
+    fn attend_row(&self, attention: &Attention, queries: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Tensor> {
+        let Attention { heads, kv_heads, head_dim, .. } = *attention;
+        let (count, len) = (queries.dim(1)?, keys.dim(1)?);
+        // The heads of a group lie one after another, so a group's queries are the rows of one product.
+        let queries = queries.reshape((kv_heads, heads / kv_heads * count, head_dim))?.to_dtype(self.product)?;
+        let scores = queries.matmul(&keys.to_dtype(self.product)?.t()?)?.to_dtype(self.dtype)?;
+        let mut scores = self.times(&scores, attention.scale)?;
+        if let Some(cap) = attention.softcap {
+            scores = self.times(&self.times(&scores, 1.0 / cap)?.tanh()?, cap)?;
+        }
+        let mut scores = scores.to_dtype(DType::F32)?.reshape((heads, count, len))?;
+        if count > 1 || attention.window.is_some_and(|window| window < len) {
+            scores = scores.broadcast_add(&self.mask(count, len, attention.window)?)?;
+        }
+        let weights = softmax_last_dim(&scores)?.to_dtype(self.dtype)?.to_dtype(self.product)?;
+        let weights = weights.reshape((kv_heads, heads / kv_heads * count, len))?;
+        let mixed = weights.matmul(&values.to_dtype(self.product)?)?.to_dtype(self.dtype)?;
+        Ok(mixed.reshape((heads, count, head_dim))?.transpose(0, 1)?.reshape((count, heads * head_dim))?)
+    }
+
+    /// Zero where the token at `len - count + row` sees the position, minus infinity elsewhere.
+    fn mask(&self, count: usize, len: usize, window: Option<usize>) -> Result<Tensor> {
+        let sees = |token: usize, position: usize| position <= token && window.is_none_or(|window| token - position < window);
+        let row = |token| (0..len).map(move |position| if sees(token, position) { 0.0 } else { f32::NEG_INFINITY });
+        let mask: Vec<f32> = (len - count..len).flat_map(row).collect();
+        Ok(Tensor::from_vec(mask, (count, len), &self.device)?)
+    }
+
+    /// `x * factor`, multiplied in f32 and rounded once, as the reference multiplies by a number.
+    fn times(&self, x: &Tensor, factor: f32) -> Result<Tensor> {
+        Ok(x.to_dtype(DType::F32)?.affine(f64::from(factor), 0.0)?.to_dtype(self.dtype)?)
+    }
+
+    fn function(&self, activation: Activation, x: &Tensor) -> Result<Tensor> {
+        let x = x.to_dtype(DType::F32)?;
+        let y = match activation {
+            Activation::Silu => x.silu(),
+            Activation::Gelu => x.gelu_erf(),
+            Activation::GeluTanh => x.gelu(),
+            Activation::Relu => x.relu(),
+        }?;
+        Ok(y.to_dtype(self.dtype)?)
+    }
+}
+
+impl Ops for CandleOps {
+    type Act = Tensor;
+    type Weight = Weight;
+    /// In f32, so that a norm may round its product once.
+    type Vector = Tensor;
+    type Angles = Angles;
+    type Store = Tensors;
+
+    fn weight(&self, parts: &[Matrix<'_>], bias: Option<&[f32]>) -> Result<Weight> {
+        let part = |part: &Matrix<'_>| -> Result<Tensor> {
+            let shape = if part.transposed { [part.inputs, part.outputs] } else { [part.outputs, part.inputs] };
+            let matrix = Tensor::from_raw_buffer(part.bytes, part.dtype, &shape, &self.device)?;
+            let matrix = if part.transposed { matrix.t()?.contiguous()? } else { matrix };
+            Ok(matrix.to_dtype(self.dtype)?.to_dtype(self.product)?)
+        };
+        let matrix = Tensor::cat(&parts.iter().map(part).collect::<Result<Vec<_>>>()?, 0)?;
+        let bias = match bias {
+            Some(bias) => Some(Tensor::new(bias, &self.device)?.to_dtype(self.dtype)?.to_dtype(self.product)?),
+            None => None,
+        };
+        Ok(Weight { matrix, bias })
+    }
+
+    fn weight_bytes(&self, weight: &Weight) -> u64 {
+        let elements = weight.matrix.elem_count() + weight.bias.as_ref().map_or(0, Tensor::elem_count);
+        elements as u64 * self.product.size_in_bytes() as u64
+    }
+
+    fn vector(&self, values: &[f32]) -> Result<Tensor> {
+        Ok(Tensor::new(values, &self.device)?)
+    }
+
+    fn store(&self, shape: StoreShape, _: Room) -> Result<Tensors> {
+        Ok(Tensors { layers: vec![None; shape.layers], len: 0 })
+    }
+
+    fn embed(&self, table: &Weight, ids: &[u32]) -> Result<Tensor> {
+        Ok(table.matrix.index_select(&Tensor::new(ids, &self.device)?, 0)?.to_dtype(self.dtype)?)
+    }
+
+    fn linear(&self, weight: &Weight, x: &Tensor) -> Result<Tensor> {
+        let y = x.to_dtype(self.product)?.matmul(&weight.matrix.t()?)?;
+        let y = match &weight.bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        };
+        Ok(y.to_dtype(self.dtype)?)
+    }
+
+    fn norm(&self, norm: &Norm<Tensor>, x: &Tensor) -> Result<Tensor> {
+        let x = x.to_dtype(DType::F32)?;
+        let x = match norm.kind {
+            NormKind::Rms => x,
+            NormKind::Layer => x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?,
+        };
+        let variance = x.sqr()?.mean_keepdim(D::Minus1)?;
+        let x = x.broadcast_div(&variance.affine(1.0, f64::from(norm.eps))?.sqrt()?)?;
+        // HF: llama rounds before it multiplies by the weights, a layer norm after.
+        let x = match norm.kind {
+            NormKind::Rms => x.to_dtype(self.dtype)?.to_dtype(DType::F32)?,
+            NormKind::Layer => x,
+        };
+        let x = x.broadcast_mul(&norm.weight)?;
+        let x = match &norm.bias {
+            Some(bias) => x.broadcast_add(bias)?,
+            None => x,
+        };
+        Ok(x.to_dtype(self.dtype)?)
+    }
+
+    fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
+        Ok((x + y)?)
+    }
+
+    fn scale(&self, x: Tensor, factor: f32) -> Result<Tensor> {
+        Ok(x.affine(f64::from(factor), 0.0)?)
+    }
+
+    fn activate(&self, activation: Activation, x: Tensor) -> Result<Tensor> {
+        self.function(activation, &x)
+    }
+
+    fn gate(&self, activation: Activation, x: Tensor) -> Result<Tensor> {
+        let width = x.dim(1)? / 2;
+        let gate = self.function(activation, &x.narrow(1, 0, width)?)?;
+        Ok((gate * x.narrow(1, width, width)?)?)
+    }
+
+    fn angles(&self, rope: &Rope, positions: &[usize]) -> Result<Angles> {
+        let angle = |&position: &usize| rope.inv_freq.iter().map(move |freq| f64::from(position as f32 * freq));
+        let table = |function: fn(f64) -> f64| -> Result<Tensor> {
+            let values: Vec<f32> = positions.iter().flat_map(angle).map(|angle| function(angle) as f32 * rope.scale).collect();
+            Ok(Tensor::from_vec(values, (positions.len(), rope.inv_freq.len()), &self.device)?.to_dtype(self.dtype)?)
+        };
+        Ok(Angles { cos: table(f64::cos)?, sin: table(f64::sin)? })
+    }
+
+    fn attend(
+        &self,
+        attention: &Attention,
+        layer: usize,
+        qkv: Tensor,
+        angles: Option<&Angles>,
+        rows: &mut [Span<'_, Tensors>],
+    ) -> Result<Tensor> {
+        let Attention { heads, kv_heads, head_dim, .. } = *attention;
+        let part = |first: usize, heads: usize| -> Result<Tensor> {
+            Ok(qkv.narrow(1, first * head_dim, heads * head_dim)?.reshape(((), heads, head_dim))?)
+        };
+        let mut queries = part(0, heads)?;
+        let mut keys = part(heads, kv_heads)?;
+        let values = part(heads + kv_heads, kv_heads)?;
+        if let Some(angles) = angles {
+            queries = angles.rotate(&queries)?;
+            keys = angles.rotate(&keys)?;
+        }
+        let mut mixed = Vec::with_capacity(rows.len());
+        for row in rows {
+            let own = |x: &Tensor| x.narrow(0, row.first, row.count)?.transpose(0, 1)?.contiguous();
+            let (queries, keys, values) = (own(&queries)?, own(&keys)?, own(&values)?);
+            let [keys, values] = row.store.append(layer, [keys, values])?;
+            mixed.push(self.attend_row(attention, &queries, keys, values)?);
+        }
+        Ok(Tensor::cat(&mixed, 0)?)
+    }
+
+    fn select(&self, x: &Tensor, indices: &[usize]) -> Result<Tensor> {
+        let indices: Vec<u32> = indices.iter().map(|&index| index as u32).collect();
+        Ok(x.index_select(&Tensor::new(indices, &self.device)?, 0)?)
+    }
+
+    fn logits(&self, head: &Weight, x: &Tensor, softcap: Option<f32>) -> Result<Forward> {
+        let logits = self.linear(head, x)?;
+        Ok(Forward::Device(match softcap {
+            Some(cap) => self.times(&self.times(&logits, 1.0 / cap)?.tanh()?, cap)?,
+            None => logits,
+        }))
+    }
+}
+
+impl Angles {
+    /// Turns the first dimensions of each head of `(tokens, heads, head_dim)`; the rest, if any, stay.
+    fn rotate(&self, x: &Tensor) -> Result<Tensor> {
+        let (turned, head_dim) = (2 * self.cos.dim(1)?, x.dim(2)?);
+        let rotate = |x: Tensor| rope_thd(&x.unsqueeze(0)?, &self.cos, &self.sin)?.squeeze(0);
+        if turned == head_dim {
+            return Ok(rotate(x.clone())?);
+        }
+        let rest = x.narrow(2, turned, head_dim - turned)?;
+        Ok(Tensor::cat(&[rotate(x.narrow(2, 0, turned)?.contiguous()?)?, rest], 2)?)
+    }
+}
+
+impl Tensors {
+    /// The keys and values of a layer, followed by new ones.
+    fn append(&mut self, layer: usize, new: [Tensor; 2]) -> Result<&[Tensor; 2]> {
+        let slot = self.layers.get_mut(layer).ok_or_else(|| Error::Unsupported(format!("a cache without layer {layer}")))?;
+        // What lies behind the length was truncated, or left by a pass that failed.
+        let joined = match slot.as_ref().filter(|_| self.len > 0) {
+            Some([keys, values]) => {
+                let join = |held: &Tensor, new: &Tensor| Tensor::cat(&[&held.narrow(1, 0, self.len)?.contiguous()?, new], 1);
+                [join(keys, &new[0])?, join(values, &new[1])?]
+            }
+            None => new,
+        };
+        Ok(slot.insert(joined))
+    }
+}
+
+impl Store for Tensors {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn grow(&mut self, count: usize) {
+        self.len += count;
+    }
+
+    fn truncate(&mut self, len: usize) -> Result<()> {
+        self.len = len;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn ops() -> CandleOps {
+        CandleOps::new(Device::Cpu, DType::F32)
+    }
+
+    fn act(values: &[f32], width: usize) -> Tensor {
+        Tensor::from_slice(values, (values.len() / width, width), &Device::Cpu).unwrap()
+    }
+
+    fn values(x: Tensor) -> Vec<f32> {
+        x.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    #[track_caller]
+    fn close(found: &[f32], expected: &[f32]) {
+        assert_eq!(found.len(), expected.len());
+        assert!(found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-5), "{found:?} is not {expected:?}");
+    }
+
+    fn bytes(values: &[f32]) -> Vec<u8> {
+        values.iter().flat_map(|value| value.to_le_bytes()).collect()
+    }
+
+    #[test]
+    fn parts_are_stacked_and_turned() {
+        let (plain, turned) = (bytes(&[1.0, 2.0]), bytes(&[3.0, 5.0, 4.0, 6.0]));
+        let matrix = |bytes, outputs, transposed| Matrix { bytes, dtype: DType::F32, outputs, inputs: 2, transposed };
+        let weight = ops().weight(&[matrix(&plain, 1, false), matrix(&turned, 2, true)], Some(&[0.5, 0.0, -1.0])).unwrap();
+        // Rows are [1 2], [3 4] and [5 6].
+        assert_eq!(values(ops().linear(&weight, &act(&[1.0, 10.0], 2)).unwrap()), [21.5, 43.0, 64.0]);
+        assert_eq!(values(ops().embed(&weight, &[2, 0]).unwrap()), [5.0, 6.0, 1.0, 2.0]);
+        assert_eq!(ops().weight_bytes(&weight), 36);
+    }
+
+    #[test]
+    fn norms() {
+        let norm = |kind, bias: Option<&[f32]>| Norm {
+            kind,
+            weight: ops().vector(&[1.0, 2.0]).unwrap(),
+            bias: bias.map(|bias| ops().vector(bias).unwrap()),
+            eps: 0.5,
+        };
+        let x = act(&[1.0, 3.0, -2.0, 2.0], 2);
+        close(&values(ops().norm(&norm(NormKind::Rms, None), &x).unwrap()), &[0.4264014, 2.5584085, -0.942809, 1.885618]);
+        let layer = values(ops().norm(&norm(NormKind::Layer, Some(&[0.25, -1.0])), &x).unwrap());
+        close(&layer, &[-0.5664966, 0.6329932, -0.692809, 0.885618]);
+    }
+
+    #[test]
+    fn activations() {
+        let of = |activation| values(ops().activate(activation, act(&[-1.0, 0.5, 2.0], 3)).unwrap());
+        close(&of(Activation::Silu), &[-0.26894143, 0.31122968, 1.761594]);
+        close(&of(Activation::Gelu), &[-0.15865525, 0.34573123, 1.9544997]);
+        close(&of(Activation::GeluTanh), &[-0.158808, 0.345714, 1.9545977]);
+        close(&of(Activation::Relu), &[0.0, 0.5, 2.0]);
+        close(&values(ops().gate(Activation::Silu, act(&[-1.0, 0.5, 3.0, 4.0], 4)).unwrap()), &[-0.8068243, 1.2449187]);
+    }
+
+    #[test]
+    fn logits_are_capped() {
+        let head = bytes(&[1.0, -3.0]);
+        let head = Matrix { bytes: &head, dtype: DType::F32, outputs: 2, inputs: 1, transposed: false };
+        let head = ops().weight(&[head], None).unwrap();
+        let logits = |cap| ops().logits(&head, &act(&[2.0], 1), cap).unwrap().into_host().unwrap();
+        close(&logits(None), &[2.0, -6.0]);
+        close(&logits(Some(4.0)), &[1.8484687, -3.6205935]);
+    }
+
+    /// Attention number by number.
+    fn plain(attention: &Attention, rope: &Rope, qkv: &[Vec<f32>]) -> Vec<f32> {
+        let &Attention { heads, kv_heads, head_dim, scale, softcap, window } = attention;
+        let head = |position: usize, index: usize| {
+            let mut x = qkv[position][index * head_dim..][..head_dim].to_vec();
+            for (pair, freq) in rope.inv_freq.iter().enumerate().filter(|_| index < heads + kv_heads) {
+                let (sin, cos) = (position as f32 * freq).sin_cos();
+                let (a, b) = (x[pair], x[pair + rope.inv_freq.len()]);
+                x[pair] = (a * cos - b * sin) * rope.scale;
+                x[pair + rope.inv_freq.len()] = (b * cos + a * sin) * rope.scale;
+            }
+            x
+        };
+        let mut mixed = Vec::new();
+        for token in 0..qkv.len() {
+            for index in 0..heads {
+                let (query, group) = (head(token, index), index / (heads / kv_heads));
+                let first = window.map_or(0, |window| (token + 1).saturating_sub(window));
+                let score = |position| {
+                    let key = head(position, heads + group);
+                    let score = query.iter().zip(key).map(|(q, k)| q * k).sum::<f32>() * scale;
+                    softcap.map_or(score, |cap| cap * (score / cap).tanh()).exp()
+                };
+                let weights: Vec<f32> = (first..=token).map(score).collect();
+                let total: f32 = weights.iter().sum();
+                mixed.extend((0..head_dim).map(|dim| {
+                    let value = |position| head(position, heads + kv_heads + group)[dim];
+                    (first..=token).zip(&weights).map(|(position, weight)| weight / total * value(position)).sum::<f32>()
+                }));
+            }
+        }
+        mixed
+    }
+
+    #[test]
+    fn attention_is_what_it_is_number_by_number() {
+        let base = Attention { heads: 4, kv_heads: 2, head_dim: 6, scale: 0.7, softcap: None, window: None };
+        let whole = Rope { inv_freq: vec![1.0, 0.3, 0.1], scale: 1.0 };
+        let partial = Rope { inv_freq: vec![1.0, 0.2], scale: 1.25 };
+        let (tokens, width) = (7, 48);
+        let number = |i: usize| ((i * i * 37 + i * 11) % 101) as f32 / 50.0 - 1.0;
+        let qkv: Vec<Vec<f32>> = (0..tokens).map(|token| (0..width).map(|i| number(token * width + i)).collect()).collect();
+        for (attention, rope) in [
+            (base.clone(), &whole),
+            (base.clone(), &partial),
+            (Attention { softcap: Some(0.5), ..base.clone() }, &whole),
+            (Attention { window: Some(3), ..base.clone() }, &whole),
+            (Attention { window: Some(1), kv_heads: 4, heads: 4, head_dim: 4, ..base.clone() }, &partial),
+        ] {
+            let expected = plain(&attention, rope, &qkv);
+            for chunks in [vec![7], vec![1; 7], vec![4, 1, 2]] {
+                let shape = StoreShape { layers: 2, kv_heads: attention.kv_heads, head_dim: attention.head_dim };
+                let mut store = ops().store(shape, Room::Grow).unwrap();
+                let (mut found, mut first) = (Vec::new(), 0);
+                for count in chunks {
+                    let angles = ops().angles(rope, &(first..first + count).collect::<Vec<_>>()).unwrap();
+                    let x = act(&qkv[first..first + count].concat(), width);
+                    let mut rows = [Span { first: 0, count, store: &mut store }];
+                    found.extend(values(ops().attend(&attention, 1, x, Some(&angles), &mut rows).unwrap()));
+                    store.grow(count);
+                    first += count;
+                }
+                close(&found, &expected);
+            }
+        }
+    }
+}

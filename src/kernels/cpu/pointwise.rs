@@ -1,0 +1,162 @@
+//! Operations on each token or value alone: norms, activations, caps.
+
+use super::{
+    isa::{Isa, Level, Task},
+    math, threads,
+};
+use crate::kernels::{Activation, Norm, NormKind};
+
+/// What a transcendental function costs in multiply-adds.
+const FUNCTION: usize = 16;
+
+/// Values of a piece where tokens do not matter.
+const PIECE: usize = 4096;
+
+pub(super) fn norm(level: Level, norm: &Norm<Vec<f32>>, x: &[f32], width: usize) -> Vec<f32> {
+    let mut y = vec![0.0; x.len()];
+    threads::chunks(&mut y, width, width * 4, |i, y| level.run(Normalise { norm, x: &x[i * width..][..width], y }));
+    y
+}
+
+pub(super) fn activate(level: Level, activation: Activation, x: &mut [f32], width: usize) {
+    threads::chunks(x, width, width * FUNCTION, |_, x| level.run(Activate { activation, x }));
+}
+
+/// `activation(gate) * up` of tokens `[gate | up]`.
+pub(super) fn gate(level: Level, activation: Activation, x: &[f32], width: usize) -> Vec<f32> {
+    let half = width / 2;
+    let mut y = vec![0.0; x.len() / 2];
+    threads::chunks(&mut y, half, half * FUNCTION, |i, y| {
+        let (gate, up) = x[i * width..][..width].split_at(half);
+        y.copy_from_slice(gate);
+        level.run(Activate { activation, x: y });
+        y.iter_mut().zip(up).for_each(|(y, up)| *y *= up);
+    });
+    y
+}
+
+/// `cap * tanh(x / cap)`
+pub(super) fn softcap(level: Level, cap: f32, x: &mut [f32]) {
+    threads::chunks(x, PIECE, PIECE * FUNCTION, |_, x| level.run(Cap { cap, x }));
+}
+
+struct Normalise<'a> {
+    norm: &'a Norm<Vec<f32>>,
+    x: &'a [f32],
+    y: &'a mut [f32],
+}
+
+impl Task for Normalise<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        let Self { norm, x, y } = self;
+        let count = x.len() as f32;
+        let mean = match norm.kind {
+            NormKind::Rms => 0.0,
+            NormKind::Layer => math::sum(x, |x, sum| sum + x) / count,
+        };
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = x - mean;
+        }
+        let factor = 1.0 / (math::sum(y, |y, sum| y.mul_add(y, sum)) / count + norm.eps).sqrt();
+        for (y, weight) in y.iter_mut().zip(&norm.weight) {
+            *y = *y * factor * weight;
+        }
+        if let Some(bias) = &norm.bias {
+            for (y, bias) in y.iter_mut().zip(bias) {
+                *y += bias;
+            }
+        }
+    }
+}
+
+struct Activate<'a> {
+    activation: Activation,
+    x: &'a mut [f32],
+}
+
+impl Task for Activate<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        // One loop each, or the choice is made for each value.
+        match self.activation {
+            Activation::Silu => self.x.iter_mut().for_each(|x| *x = math::activate(Activation::Silu, *x)),
+            Activation::Gelu => self.x.iter_mut().for_each(|x| *x = math::activate(Activation::Gelu, *x)),
+            Activation::GeluTanh => self.x.iter_mut().for_each(|x| *x = math::activate(Activation::GeluTanh, *x)),
+            Activation::Relu => self.x.iter_mut().for_each(|x| *x = math::activate(Activation::Relu, *x)),
+        }
+    }
+}
+
+struct Cap<'a> {
+    cap: f32,
+    x: &'a mut [f32],
+}
+
+impl Task for Cap<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        for x in self.x {
+            *x = self.cap * math::tanh(*x / self.cap);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::isa::tests::vectorised;
+    use super::*;
+
+    fn close(ours: &[f32], theirs: &[f32]) {
+        assert_eq!(ours.len(), theirs.len());
+        for (ours, theirs) in ours.iter().zip(theirs) {
+            assert!((ours - theirs).abs() <= 4e-7 * theirs.abs().max(1.0), "{ours} is not {theirs}");
+        }
+    }
+
+    #[test]
+    fn norms_are_torchs() {
+        let x = [1.0, -2.0, 3.0, 0.5, 100.0, 101.0, 99.0, 100.5];
+        let mut parameters = Norm { kind: NormKind::Rms, weight: vec![1.0, 0.5, 2.0, -1.0], bias: None, eps: 1e-5 };
+        let rms = [0.529_812_16, -0.529_812_16, 3.178_873, -0.264_906_08, 0.998_724_34, 0.504_355_8, 1.977_474_2, -1.003_718];
+        close(&norm(Level::best(), &parameters, &x, 4), &rms);
+        parameters.kind = NormKind::Layer;
+        parameters.bias = Some(vec![0.1, 0.2, 0.3, 0.4]);
+        let layer = [0.310_558_38, -0.536_954_4, 2.967_073, 0.470_186_14, -0.069_029_31, 0.791_602_55, -2.742_527_7, -0.107_087_94];
+        close(&norm(Level::best(), &parameters, &x, 4), &layer);
+    }
+
+    #[test]
+    fn a_cap_is_torchs() {
+        let mut x = [-100.0, -1.0, 0.0, 40.0];
+        softcap(Level::best(), 30.0, &mut x);
+        close(&x, &[-29.923_74, -0.999_629_8, 0.0, 26.101_85]);
+    }
+
+    #[test]
+    fn a_token_has_the_same_bits_in_any_company_and_instruction_set() {
+        // 700 tokens of 130 are split over threads.
+        let x: Vec<f32> = (0..700 * 130).map(|i| ((i * 7919 % 1009) as f32 - 504.0) / 100.0).collect();
+        let parameters = Norm { kind: NormKind::Layer, weight: x[..130].to_vec(), bias: Some(x[5..135].to_vec()), eps: 1e-6 };
+        let pass = |level, x: &[f32]| {
+            let mut y = norm(level, &parameters, x, 130);
+            activate(level, Activation::Gelu, &mut y, 130);
+            let mut y = gate(level, Activation::Silu, &y, 130);
+            softcap(level, 1.5, &mut y);
+            y
+        };
+        let expected = pass(Level::PORTABLE, &x);
+        for level in vectorised() {
+            assert!(pass(level, &x) == expected, "{level:?}");
+        }
+        for token in [0, 1, 350, 699] {
+            assert_eq!(pass(Level::best(), &x[token * 130..][..130]), expected[token * 65..][..65]);
+        }
+    }
+}

@@ -1,0 +1,43 @@
+//! What a call takes in memory, reckoned before it begins.
+
+use crate::{model::{ModelInfo, Room}, plan::Plan};
+use std::fmt;
+
+/// Bytes that a call holds at its longest. Activations and logits, small beside these, are not counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Memory {
+    /// The model's weights, shared by all calls.
+    pub weights: u64,
+    /// Keys and values of all rows; a prompt's are held once, however many rows it has.
+    pub cache: u64,
+}
+
+impl Memory {
+    pub(crate) fn new(plan: &Plan, info: &ModelInfo, prompts: usize, prompt_len: usize) -> Self {
+        let page = info.page.max(1);
+        let width = plan.width() as u64;
+        let pages = |positions: usize| positions.div_ceil(page) as u64;
+        let pages = match plan.room(prompt_len) {
+            Room::Reserve(positions) => width.saturating_mul(pages(positions)),
+            Room::Grow => {
+                let shared = (prompt_len / page) as u64;
+                let own = pages(plan.length.max_length(prompt_len)).saturating_sub(shared);
+                shared.saturating_add(width.saturating_mul(own))
+            }
+        };
+        let prompt = pages.saturating_mul(page as u64).saturating_mul(info.position_bytes);
+        Self { weights: info.weight_bytes, cache: prompt.saturating_mul(prompts as u64) }
+    }
+
+    /// Weights and cache.
+    pub fn total(&self) -> u64 {
+        self.weights.saturating_add(self.cache)
+    }
+}
+
+impl fmt::Display for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes of weights and {} of cache", self.weights, self.cache)
+    }
+}

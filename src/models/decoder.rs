@@ -1,0 +1,212 @@
+//! The one decoder: every decoder-only family, over whichever operations it is loaded with.
+
+use super::{
+    kv::Kv,
+    layers::{Layer, Loader},
+    spec::{DecoderSpec, Head, Positions},
+    weights::Weights,
+};
+use crate::{
+    error::{Error, Result},
+    kernels::{Norm, Ops, Rope, Span, Store, StoreShape},
+    model::{Cache, Context, Feed, Forward, Model, ModelInfo, Start, Want, downcast},
+    progress::OnProgress,
+};
+
+/// A decoder-only model.
+pub(crate) struct Decoder<O: Ops> {
+    ops: O,
+    info: ModelInfo,
+    shape: StoreShape,
+    embedding: O::Weight,
+    embedding_scale: Option<f32>,
+    positions: Place<O>,
+    layers: Vec<Layer<O>>,
+    norm: Norm<O::Vector>,
+    /// The embeddings where there is none.
+    head: Option<O::Weight>,
+    softcap: Option<f32>,
+}
+
+/// How tokens are told where they stand.
+enum Place<O: Ops> {
+    Table(O::Weight),
+    Rope(Rope),
+}
+
+impl<O: Ops> Decoder<O> {
+    /// Loads a checkpoint, layer by layer. `info` says what `ops` are: device, type, page and bytes of a position.
+    pub fn load(ops: O, info: ModelInfo, spec: &DecoderSpec, weights: &Weights, progress: Option<&OnProgress>) -> Result<Self> {
+        let mut loader = Loader::new(&ops, spec, weights, progress);
+        let (embedding, head) = ends(spec, weights)?;
+        let embedding = loader.table(embedding, spec.vocab)?;
+        let (positions, context) = match &spec.positions {
+            Positions::Learned { name, len } => (Place::Table(loader.table(name, *len)?), Context::Hard(*len)),
+            Positions::Rope { rope, trained } => (Place::Rope(rope.clone()), Context::Soft(*trained)),
+        };
+        loader.report()?;
+        let mut layers = Vec::with_capacity(spec.attention.len());
+        for (index, attention) in spec.attention.iter().enumerate() {
+            layers.push(loader.layer(index, attention)?);
+            loader.report()?;
+        }
+        let norm = loader.norm(spec.final_norm)?;
+        let head = head.map(|name| loader.table(name, spec.vocab)).transpose()?;
+        loader.finish()?;
+
+        let (shape, info) = (spec.shape(), ModelInfo { context, weight_bytes: loader.weight_bytes(), ..info });
+        let (embedding_scale, softcap) = (spec.embedding_scale, spec.softcap);
+        Ok(Self { ops, info, shape, embedding, embedding_scale, positions, layers, norm, head, softcap })
+    }
+
+    fn check(&self, tokens: &[u32], cache: &Kv<O::Store>) -> Result<()> {
+        if tokens.is_empty() {
+            return Err(Error::Prompt("a row without new tokens; at least one is needed".into()));
+        }
+        if let Some(id) = tokens.iter().find(|&&id| id as usize >= self.info.vocab_size) {
+            return Err(Error::Prompt(format!("id {id} is outside the vocabulary; ids below {} are accepted", self.info.vocab_size)));
+        }
+        if cache.shape != self.shape {
+            return Err(Error::Unsupported("a cache of another model was fed to this one".into()));
+        }
+        let len = cache.store.len().saturating_add(tokens.len());
+        match self.info.context {
+            Context::Hard(most) if len > most => {
+                Err(Error::Prompt(format!("{len} tokens do not fit into the model's positions; at most {most} do")))
+            }
+            _ => cache.check(tokens.len()),
+        }
+    }
+
+    fn embed(&self, ids: &[u32], positions: &[usize]) -> Result<(O::Act, Option<O::Angles>)> {
+        let x = self.ops.embed(&self.embedding, ids)?;
+        let x = match self.embedding_scale {
+            Some(scale) => self.ops.scale(x, scale)?,
+            None => x,
+        };
+        match &self.positions {
+            Place::Table(table) => {
+                let places: Vec<u32> = positions.iter().map(|&position| position as u32).collect();
+                Ok((self.ops.add(x, &self.ops.embed(table, &places)?)?, None))
+            }
+            Place::Rope(rope) => Ok((x, Some(self.ops.angles(rope, positions)?))),
+        }
+    }
+
+    /// The logits of the tokens `wanted`.
+    fn compute(&self, ids: &[u32], positions: &[usize], wanted: &[usize], rows: &mut [Span<'_, O::Store>]) -> Result<Forward> {
+        let ops = &self.ops;
+        let (mut x, angles) = self.embed(ids, positions)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            let mut mixed = layer.attend(ops, index, &x, angles.as_ref(), rows)?;
+            if index + 1 == self.layers.len() {
+                // The caches are complete: from here on only tokens whose logits are wanted matter.
+                if wanted.is_empty() {
+                    return Ok(Forward::Nothing);
+                }
+                if wanted.len() < ids.len() {
+                    x = ops.select(&x, wanted)?;
+                    mixed = ops.select(&mixed, wanted)?;
+                }
+            }
+            x = layer.finish(ops, x, &mixed)?;
+        }
+        let head = self.head.as_ref().unwrap_or(&self.embedding);
+        ops.logits(head, &ops.norm(&self.norm, &x)?, self.softcap)
+    }
+}
+
+impl<O: Ops> Model for Decoder<O> {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn start(&self, rows: &[Start<'_>]) -> Result<Vec<Box<dyn Cache>>> {
+        let start = |row: &Start<'_>| Ok(Box::new(Kv::new(self.ops.store(self.shape, row.room)?, self.shape, row.room)) as Box<dyn Cache>);
+        rows.iter().map(start).collect()
+    }
+
+    fn forward(&self, rows: &mut [Feed<'_>], want: Want) -> Result<Forward> {
+        let (mut ids, mut positions, mut wanted) = (Vec::new(), Vec::new(), Vec::new());
+        let mut spans = Vec::with_capacity(rows.len());
+        for Feed { tokens, cache } in rows {
+            let cache = downcast::<Kv<O::Store>>(&mut **cache)?;
+            self.check(tokens, cache)?;
+            let (first, count, len) = (ids.len(), tokens.len(), cache.store.len());
+            ids.extend_from_slice(tokens);
+            positions.extend(len..len + count);
+            match want {
+                Want::Nothing => {}
+                Want::Last => wanted.push(first + count - 1),
+                Want::All => wanted.extend(first..first + count),
+            }
+            spans.push(Span { first, count, store: &mut cache.store });
+        }
+        if ids.is_empty() {
+            return Ok(Forward::Nothing);
+        }
+
+        let forward = self.compute(&ids, &positions, &wanted, &mut spans)?;
+        // Only now, so that a pass that fails leaves every cache as it was.
+        for span in spans {
+            span.store.grow(span.count);
+        }
+        Ok(forward)
+    }
+}
+
+/// The names of the embeddings and, unless they serve as one, of the head.
+fn ends(spec: &DecoderSpec, weights: &Weights) -> Result<(&'static str, Option<&'static str>)> {
+    let head = match spec.head {
+        Head::Own(head) => return Ok((spec.embedding, Some(head))),
+        Head::Tied(head) => head,
+    };
+    let [table, own] = [spec.embedding, head].map(|name| format!("{name}.weight"));
+    // HF: the file outvotes `tie_word_embeddings`. A tied head that it has all the same is used if it differs from the
+    // embeddings, and serves as embeddings if those are missing.
+    match (weights.contains(&table), weights.contains(&own)) {
+        (true, true) if !weights.equal(&table, &own)? => Ok((spec.embedding, Some(head))),
+        (false, true) => Ok((head, None)),
+        _ => Ok((spec.embedding, None)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use crate::model::{Feed, Room, Want};
+    use crate::models::{LoadOptions, load, tiny};
+    use safetensors::Dtype;
+
+    const HEAD: &str = "lm_head.weight";
+    const TABLE: &str = "model.embed_tokens.weight";
+
+    /// Logits of a tiny gemma2, whose head is tied, with some tensors changed.
+    fn logits(change: impl FnOnce(&mut tiny::Tensors)) -> Vec<f32> {
+        let config = tiny::config("gemma2");
+        let folder = tiny::write(&config, Dtype::F32);
+        let mut tensors = tiny::tensors(&config);
+        change(&mut tensors);
+        tiny::save(&folder.path().join("model.safetensors"), &tensors, Dtype::F32);
+        let model = load(folder.path(), &LoadOptions::default()).unwrap();
+        let mut cache = model.start(&[&[]], Room::Grow).unwrap().remove(0);
+        model.forward(&mut [Feed { tokens: &[1, 2, 3], cache: &mut *cache }], Want::Last).unwrap().into_host().unwrap()
+    }
+
+    #[test]
+    fn the_file_outvotes_the_tie() {
+        let tied = logits(|_| {});
+        let copied = logits(|tensors| drop(tensors.insert(HEAD.into(), tensors[TABLE].clone())));
+        assert_eq!(copied, tied);
+        let moved = logits(|tensors| {
+            let table = tensors.remove(TABLE).unwrap();
+            tensors.insert(HEAD.into(), table);
+        });
+        assert_eq!(moved, tied);
+        let negated = logits(|tensors| {
+            let (shape, values) = tensors[TABLE].clone();
+            tensors.insert(HEAD.into(), (shape, values.iter().map(|value| -value).collect()));
+        });
+        assert_eq!(negated, tied.iter().map(|logit| -logit).collect::<Vec<_>>());
+    }
+}

@@ -1,0 +1,221 @@
+//! What holds for every decoder over every implementation of the operations.
+#![allow(clippy::unwrap_used)]
+
+use super::{decoder::Decoder, families, fields::Fields, tiny, weights::Weights};
+use crate::{
+    error::Error,
+    kernels::{Ops, candle::CandleOps},
+    model::{Cache, Context, Feed, Forward, Model, ModelInfo, Room, Want},
+};
+use candle_core::{DType, Device};
+use std::path::Path;
+
+const IDS: [u32; 11] = [5, 60, 0, 17, 17, 33, 2, 48, 9, 21, 40];
+
+/// A model to be tested and how far two of its computations of one logit may lie apart.
+struct Case {
+    name: String,
+    model: Box<dyn Model>,
+    tolerance: f32,
+}
+
+/// Every family over all operations.
+fn cases() -> impl Iterator<Item = Case> {
+    tiny::FAMILIES.into_iter().flat_map(|family| {
+        let folder = tiny::folder(family);
+        let case = |model, tolerance| Case { name: family.to_owned(), model, tolerance };
+        [case(open(CandleOps::new(Device::Cpu, DType::F32), folder.path()), 2e-5)]
+    })
+}
+
+fn open<O: Ops>(ops: O, folder: &Path) -> Box<dyn Model> {
+    let spec = families::spec(&Fields::open(folder).unwrap()).unwrap();
+    let weights = Weights::open(folder, spec.base).unwrap();
+    Box::new(Decoder::load(ops, ModelInfo::new(spec.family, spec.vocab), &spec, &weights, None).unwrap())
+}
+
+impl Case {
+    fn start(&self, room: Room) -> Box<dyn Cache> {
+        self.model.start(&[&[]], room).unwrap().remove(0)
+    }
+
+    fn feed(&self, cache: &mut Box<dyn Cache>, tokens: &[u32], want: Want) -> Vec<f32> {
+        self.model.forward(&mut [Feed { tokens, cache: &mut **cache }], want).unwrap().into_host().unwrap()
+    }
+
+    /// The logits after every token, computed in one pass.
+    fn whole(&self, tokens: &[u32]) -> Vec<f32> {
+        self.feed(&mut self.start(Room::Grow), tokens, Want::All)
+    }
+
+    /// The logits after the last token.
+    fn last(&self, tokens: &[u32]) -> Vec<f32> {
+        self.whole(tokens).split_off((tokens.len() - 1) * self.model.info().vocab_size)
+    }
+
+    fn same(&self, found: &[f32], expected: &[f32]) {
+        assert_eq!(found.len(), expected.len(), "{}", self.name);
+        let apart = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(apart <= self.tolerance, "{}: {apart} apart", self.name);
+    }
+}
+
+#[test]
+fn logits_depend_on_every_token_in_sight() {
+    for case in cases() {
+        let logits = case.last(&IDS);
+        for place in 0..IDS.len() {
+            let mut ids = IDS;
+            ids[place] = 50;
+            let apart = logits.iter().zip(case.last(&ids)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(apart > 1e-3, "{}: token {place} makes no difference", case.name);
+        }
+    }
+}
+
+#[test]
+fn cached_equals_uncached() {
+    for case in cases() {
+        let mut cache = case.start(Room::Grow);
+        let steps: Vec<f32> = IDS.iter().flat_map(|&id| case.feed(&mut cache, &[id], Want::Last)).collect();
+        case.same(&steps, &case.whole(&IDS));
+        assert_eq!(cache.len(), IDS.len());
+    }
+}
+
+#[test]
+fn chunked_equals_whole() {
+    for case in cases() {
+        for chunk in [2, 3, 5] {
+            let mut cache = case.start(Room::Grow);
+            let chunks: Vec<f32> = IDS.chunks(chunk).flat_map(|ids| case.feed(&mut cache, ids, Want::All)).collect();
+            case.same(&chunks, &case.whole(&IDS));
+        }
+    }
+}
+
+#[test]
+fn wanting_nothing_fills_the_cache() {
+    for case in cases() {
+        let mut cache = case.start(Room::Grow);
+        let forward = case.model.forward(&mut [Feed { tokens: &IDS[..6], cache: &mut *cache }], Want::Nothing).unwrap();
+        assert!(matches!(forward, Forward::Nothing));
+        case.same(&case.feed(&mut cache, &IDS[6..], Want::Last), &case.last(&IDS));
+    }
+}
+
+#[test]
+fn a_ragged_batch_equals_its_rows_alone() {
+    for case in cases() {
+        // Rows with 0, 3 and 6 positions held bring 5, 1 and 4 tokens.
+        let splits = [(&IDS[..5], 0), (&IDS[2..6], 3), (&IDS[1..11], 6)];
+        for want in [Want::Last, Want::All] {
+            let mut caches: Vec<_> = splits.iter().map(|_| case.start(Room::Grow)).collect();
+            let mut alone = Vec::new();
+            for (cache, (ids, held)) in caches.iter_mut().zip(splits) {
+                if held > 0 {
+                    case.feed(cache, &ids[..held], Want::Nothing);
+                }
+                alone.extend(case.feed(&mut cache.fork(), &ids[held..], want));
+            }
+            let tokens = splits.map(|(ids, held)| &ids[held..]);
+            let mut feeds: Vec<_> = caches.iter_mut().zip(tokens).map(|(cache, tokens)| Feed { tokens, cache: &mut **cache }).collect();
+            case.same(&case.model.forward(&mut feeds, want).unwrap().into_host().unwrap(), &alone);
+            assert_eq!(caches.iter().map(|cache| cache.len()).collect::<Vec<_>>(), [5, 4, 10]);
+        }
+    }
+}
+
+#[test]
+fn forks_go_their_own_ways() {
+    for case in cases() {
+        let mut one = case.start(Room::Grow);
+        case.feed(&mut one, &IDS[..7], Want::Nothing);
+        let mut two = one.fork();
+        let ways = [[3, 8, 55], [44, 8, 1]];
+        for step in 0..3 {
+            for (cache, way) in [&mut one, &mut two].into_iter().zip(ways) {
+                let logits = case.feed(cache, &way[step..=step], Want::Last);
+                case.same(&logits, &case.last(&[&IDS[..7], &way[..=step]].concat()));
+            }
+        }
+    }
+}
+
+#[test]
+fn truncation_forgets() {
+    for case in cases() {
+        for len in [0, 1, 4, 9] {
+            let mut cache = case.start(Room::Grow);
+            case.feed(&mut cache, &IDS, Want::Nothing);
+            let mut untouched = cache.fork();
+            cache.truncate(len).unwrap();
+            assert_eq!(cache.len(), len);
+            case.same(&case.feed(&mut cache, &[30, 31], Want::Last), &case.last(&[&IDS[..len], &[30, 31]].concat()));
+            case.same(&case.feed(&mut untouched, &[7], Want::Last), &case.last(&[&IDS[..], &[7]].concat()));
+            assert!(cache.truncate(len + 3).is_err());
+        }
+    }
+}
+
+#[test]
+fn a_reserved_cache_refuses_more() {
+    for case in cases() {
+        let mut cache = case.start(Room::Reserve(8));
+        case.same(&case.feed(&mut cache, &IDS[..8], Want::Last), &case.last(&IDS[..8]));
+        let error = case.model.forward(&mut [Feed { tokens: &[1], cache: &mut *cache }], Want::Last).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "invalid generation config: max_cache_len = 8: the row needs 9 positions; at least that many are accepted"
+        );
+        cache.truncate(7).unwrap();
+        case.same(&case.feed(&mut cache, &IDS[7..8], Want::Last), &case.last(&IDS[..8]));
+    }
+}
+
+#[test]
+fn a_refused_pass_leaves_every_cache_alone() {
+    for case in cases() {
+        let (mut one, mut two) = (case.start(Room::Grow), case.start(Room::Grow));
+        case.feed(&mut one, &IDS[..3], Want::Nothing);
+        for (bad, message) in [
+            (&[4, 61][..], "invalid prompt: id 61 is outside the vocabulary; ids below 61 are accepted"),
+            (&[], "invalid prompt: a row without new tokens; at least one is needed"),
+        ] {
+            let mut feeds = [Feed { tokens: &[4], cache: &mut *one }, Feed { tokens: bad, cache: &mut *two }];
+            assert_eq!(case.model.forward(&mut feeds, Want::Last).unwrap_err().to_string(), message);
+        }
+        assert_eq!((one.len(), two.len()), (3, 0));
+        case.same(&case.feed(&mut one, &IDS[3..], Want::Last), &case.last(&IDS));
+    }
+}
+
+#[test]
+fn a_table_of_positions_ends_and_rotary_positions_do_not() {
+    for case in cases() {
+        let mut cache = case.start(Room::Grow);
+        case.feed(&mut cache, &[6; 40], Want::Nothing);
+        let forward = case.model.forward(&mut [Feed { tokens: &[6], cache: &mut *cache }], Want::Last);
+        match case.model.info().context {
+            Context::Hard(40) => {
+                let message = "invalid prompt: 41 tokens do not fit into the model's positions; at most 40 do";
+                assert_eq!(forward.unwrap_err().to_string(), message);
+            }
+            context => {
+                assert_eq!(context, Context::Soft(40));
+                assert!(forward.unwrap().into_host().unwrap().iter().all(|logit| logit.is_finite()));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_cache_of_another_model_is_refused() {
+    let [gpt2, llama] = ["gpt2", "llama"].map(|family| {
+        let folder = tiny::folder(family);
+        open(CandleOps::new(Device::Cpu, DType::F32), folder.path())
+    });
+    let mut cache = gpt2.start(&[&[]], Room::Grow).unwrap().remove(0);
+    let forward = llama.forward(&mut [Feed { tokens: &[1], cache: &mut *cache }], Want::Last);
+    assert!(matches!(forward, Err(Error::Unsupported(_))));
+}

@@ -1,0 +1,177 @@
+//! One layer of the decoder, and how the parts of a model are taken from a checkpoint.
+
+use super::{
+    spec::{self, DecoderSpec, Layout, Linear, NormKind, Qkv, Residual},
+    weights::Weights,
+};
+use crate::{
+    error::Result,
+    kernels::{self, Activation, Attention, Matrix, Norm, Ops, Span},
+    progress::{OnProgress, Stage},
+};
+
+/// A layer: attention and a feed-forward part, each added to what it was given.
+pub(crate) struct Layer<O: Ops> {
+    attention: Attention,
+    before_attention: Norm<O::Vector>,
+    /// Queries, keys and values stacked, so that they are one product.
+    qkv: O::Weight,
+    out: O::Weight,
+    after_attention: Option<Norm<O::Vector>>,
+    before_mlp: Norm<O::Vector>,
+    mlp: Mlp<O>,
+    after_mlp: Option<Norm<O::Vector>>,
+}
+
+enum Mlp<O: Ops> {
+    Plain {
+        up: O::Weight,
+        activation: Activation,
+        down: O::Weight,
+    },
+    /// Gate and up stacked, so that they are one product.
+    Gated {
+        gate_up: O::Weight,
+        activation: Activation,
+        down: O::Weight,
+    },
+}
+
+impl<O: Ops> Layer<O> {
+    /// Attention up to the mixed values: all that the caches need of the layer.
+    pub fn attend(&self, ops: &O, index: usize, x: &O::Act, angles: Option<&O::Angles>, rows: &mut [Span<'_, O::Store>]) -> Result<O::Act> {
+        let qkv = ops.linear(&self.qkv, &ops.norm(&self.before_attention, x)?)?;
+        ops.attend(&self.attention, index, qkv, angles, rows)
+    }
+
+    /// The rest of the layer, each token alone.
+    pub fn finish(&self, ops: &O, x: O::Act, mixed: &O::Act) -> Result<O::Act> {
+        let attended = after(ops, self.after_attention.as_ref(), ops.linear(&self.out, mixed)?)?;
+        let x = ops.add(x, &attended)?;
+        let normed = ops.norm(&self.before_mlp, &x)?;
+        let y = match &self.mlp {
+            Mlp::Plain { up, activation, down } => ops.linear(down, &ops.activate(*activation, ops.linear(up, &normed)?)?)?,
+            Mlp::Gated { gate_up, activation, down } => ops.linear(down, &ops.gate(*activation, ops.linear(gate_up, &normed)?)?)?,
+        };
+        ops.add(x, &after(ops, self.after_mlp.as_ref(), y)?)
+    }
+}
+
+fn after<O: Ops>(ops: &O, norm: Option<&Norm<O::Vector>>, x: O::Act) -> Result<O::Act> {
+    match norm {
+        Some(norm) => ops.norm(norm, &x),
+        None => Ok(x),
+    }
+}
+
+/// Takes parts of a model from a checkpoint.
+pub(crate) struct Loader<'a, O> {
+    ops: &'a O,
+    spec: &'a DecoderSpec,
+    weights: &'a Weights,
+    progress: Option<&'a OnProgress>,
+    /// Bytes read so far.
+    read: u64,
+    /// Bytes that the weights loaded so far take in memory.
+    weight_bytes: u64,
+}
+
+impl<'a, O: Ops> Loader<'a, O> {
+    pub fn new(ops: &'a O, spec: &'a DecoderSpec, weights: &'a Weights, progress: Option<&'a OnProgress>) -> Self {
+        Self { ops, spec, weights, progress, read: 0, weight_bytes: 0 }
+    }
+
+    /// Bytes that the weights loaded so far take in memory.
+    pub fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
+    }
+
+    /// Tells how far loading has come, in bytes of the files.
+    pub fn report(&self) -> Result<()> {
+        self.progress.map_or(Ok(()), |progress| progress.report(Stage::Load, self.read, self.weights.len()))
+    }
+
+    /// Tells that loading is done: what was not read is not needed.
+    pub fn finish(&mut self) -> Result<()> {
+        self.read = self.weights.len();
+        self.report()
+    }
+
+    pub fn layer(&mut self, index: usize, attention: &Attention) -> Result<Layer<O>> {
+        let spec = self.spec;
+        let name = |part: &str| format!("{}{index}.{part}", spec.layer);
+        let (before_attention, after_attention, before_mlp, after_mlp) = match spec.residual {
+            Residual::Pre { attention, mlp } => (attention, None, mlp, None),
+            Residual::PrePost { attention, mlp } => (attention[0], Some(attention[1]), mlp[0], Some(mlp[1])),
+        };
+        let width = attention.heads * attention.head_dim;
+        let kv_width = attention.kv_heads * attention.head_dim;
+        let qkv = match spec.qkv {
+            Qkv::Split([q, k, v]) => self.stack(name, &[(q, width), (k, kv_width), (v, kv_width)], spec.hidden)?,
+            Qkv::Fused(qkv) => self.stack(name, &[(qkv, width + 2 * kv_width)], spec.hidden)?,
+        };
+        let mlp = match spec.mlp {
+            spec::Mlp::Plain { up, down, inner, activation } => Mlp::Plain {
+                up: self.stack(name, &[(up, inner)], spec.hidden)?,
+                activation,
+                down: self.stack(name, &[(down, spec.hidden)], inner)?,
+            },
+            spec::Mlp::Gated { gate, up, down, inner, activation } => Mlp::Gated {
+                gate_up: self.stack(name, &[(gate, inner), (up, inner)], spec.hidden)?,
+                activation,
+                down: self.stack(name, &[(down, spec.hidden)], inner)?,
+            },
+        };
+        Ok(Layer {
+            attention: attention.clone(),
+            before_attention: self.norm(&name(before_attention))?,
+            qkv,
+            out: self.stack(name, &[(spec.out, spec.hidden)], width)?,
+            after_attention: after_attention.map(|norm| self.norm(&name(norm))).transpose()?,
+            before_mlp: self.norm(&name(before_mlp))?,
+            mlp,
+            after_mlp: after_mlp.map(|norm| self.norm(&name(norm))).transpose()?,
+        })
+    }
+
+    /// A table with a vector for each of `len` things; also a head.
+    pub fn table(&mut self, name: &str, len: usize) -> Result<O::Weight> {
+        let matrix = self.weights.matrix(&format!("{name}.weight"), len, self.spec.hidden, false)?;
+        self.pack(&[matrix], None)
+    }
+
+    pub fn norm(&self, name: &str) -> Result<Norm<O::Vector>> {
+        let spec::Norm { kind, eps } = self.spec.norm;
+        let mut weight = self.weights.vector(&format!("{name}.weight"), self.spec.hidden)?;
+        if kind == NormKind::RmsPlusOne {
+            weight.iter_mut().for_each(|value| *value += 1.0);
+        }
+        let (kind, bias) = match kind {
+            NormKind::Rms | NormKind::RmsPlusOne => (kernels::NormKind::Rms, None),
+            NormKind::Layer => (kernels::NormKind::Layer, Some(self.weights.vector(&format!("{name}.bias"), self.spec.hidden)?)),
+        };
+        let bias = bias.map(|bias| self.ops.vector(&bias)).transpose()?;
+        Ok(Norm { kind, weight: self.ops.vector(&weight)?, bias, eps })
+    }
+
+    /// Projections of the same inputs, given with their numbers of outputs, as one weight.
+    fn stack(&mut self, name: impl Fn(&str) -> String, parts: &[(Linear, usize)], inputs: usize) -> Result<O::Weight> {
+        let (mut matrices, mut biases) = (Vec::new(), Vec::new());
+        for (linear, outputs) in parts {
+            let name = name(linear.name);
+            let transposed = self.spec.layout == Layout::Conv1d;
+            matrices.push(self.weights.matrix(&format!("{name}.weight"), *outputs, inputs, transposed)?);
+            if linear.bias {
+                biases.extend(self.weights.vector(&format!("{name}.bias"), *outputs)?);
+            }
+        }
+        self.pack(&matrices, (!biases.is_empty()).then_some(&biases))
+    }
+
+    fn pack(&mut self, matrices: &[Matrix<'_>], bias: Option<&[f32]>) -> Result<O::Weight> {
+        let weight = self.ops.weight(matrices, bias)?;
+        self.read += matrices.iter().map(|matrix| matrix.bytes.len() as u64).sum::<u64>();
+        self.weight_bytes += self.ops.weight_bytes(&weight);
+        Ok(weight)
+    }
+}

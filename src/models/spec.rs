@@ -1,0 +1,120 @@
+//! An architecture as data: all in which decoder-only families differ.
+
+use crate::kernels::{Activation, Attention, Rope, StoreShape};
+
+/// What a family's decoder is made of. Names are those of the checkpoint's tensors, without `.weight` and `.bias`.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct DecoderSpec {
+    /// The family, `model_type` in `config.json`.
+    pub family: &'static str,
+    /// What the base model's tensors start with where the checkpoint has a head.
+    pub base: &'static str,
+    pub vocab: usize,
+    pub hidden: usize,
+    pub embedding: &'static str,
+    /// Factor on the embeddings.
+    pub embedding_scale: Option<f32>,
+    pub positions: Positions,
+    /// What a layer's tensors start with, before the layer's number.
+    pub layer: &'static str,
+    /// The attention of each layer.
+    pub attention: Vec<Attention>,
+    /// How projections are stored.
+    pub layout: Layout,
+    pub qkv: Qkv,
+    pub out: Linear,
+    pub mlp: Mlp,
+    pub norm: Norm,
+    pub residual: Residual,
+    pub final_norm: &'static str,
+    pub head: Head,
+    /// `cap * tanh(v / cap)` on the logits.
+    pub softcap: Option<f32>,
+}
+
+impl DecoderSpec {
+    /// What a row's cache holds.
+    pub fn shape(&self) -> StoreShape {
+        let (kv_heads, head_dim) = self.attention.first().map_or((0, 0), |first| (first.kv_heads, first.head_dim));
+        StoreShape { layers: self.attention.len(), kv_heads, head_dim }
+    }
+}
+
+/// How a token knows where it stands.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Positions {
+    /// A table of `len` vectors, added to the embeddings.
+    Learned { name: &'static str, len: usize },
+    /// Queries and keys are rotated; trained on `trained` positions.
+    Rope { rope: Rope, trained: usize },
+}
+
+/// How the file stores projections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// `(outputs, inputs)`
+    Linear,
+    /// `(inputs, outputs)`, as a convolution of width one.
+    Conv1d,
+}
+
+/// A projection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Linear {
+    pub name: &'static str,
+    pub bias: bool,
+}
+
+/// How the file stores the projections to queries, keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Qkv {
+    /// One tensor each.
+    Split([Linear; 3]),
+    /// One tensor, stacked along the outputs.
+    Fused(Linear),
+}
+
+/// The feed-forward part of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mlp {
+    /// `down(activation(up(x)))`
+    Plain { up: Linear, down: Linear, inner: usize, activation: Activation },
+    /// `down(activation(gate(x)) * up(x))`
+    Gated { gate: Linear, up: Linear, down: Linear, inner: usize, activation: Activation },
+}
+
+/// The kind of all norms of a model.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Norm {
+    pub kind: NormKind,
+    pub eps: f32,
+}
+
+/// What a norm computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum NormKind {
+    /// `x / rms(x) * w`
+    Rms,
+    /// `x / rms(x) * (1 + w)`
+    RmsPlusOne,
+    /// `(x - mean(x)) / std(x) * w + b`
+    Layer,
+}
+
+/// Where the norms of a layer stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Residual {
+    /// `x + f(norm(x))`
+    Pre { attention: &'static str, mlp: &'static str },
+    /// `x + norm(f(norm(x)))`; pairs are the norms before and after.
+    PrePost { attention: [&'static str; 2], mlp: [&'static str; 2] },
+}
+
+/// The projection to logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Head {
+    /// The embeddings; the name is that of a head which the file may have all the same.
+    Tied(&'static str),
+    /// A tensor of its own.
+    Own(&'static str),
+}

@@ -1,0 +1,199 @@
+//! What a call will do: config, model and tokenizer looked at together, validated once.
+
+mod chain;
+mod check;
+mod explain;
+mod merge;
+
+pub use explain::{Explanation, Setting};
+pub use merge::Origin;
+
+use crate::{
+    config::{GenerationConfig, Strategy},
+    error::Result,
+    logits::{KeywordBoost, LogitsProcessor},
+    model::{ModelInfo, Room},
+    stop::{CancelToken, StoppingCriteria},
+    text::{StopStrings, Tokenizer},
+};
+use chain::Chain;
+use check::Check;
+use merge::Merged;
+use std::{sync::Arc, time::Duration};
+
+/// Everything the loop needs, decided before the first forward pass.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The mode.
+    pub strategy: Strategy,
+    /// The processors, in the order in which they run.
+    pub processors: Vec<Arc<dyn LogitsProcessor>>,
+    /// Names the keywords of `keyword_boost`, in the order of its processor.
+    pub keywords: Option<Keywords>,
+    /// When a row ends by its length.
+    pub length: Length,
+    /// The ids that end a row and stay in its tokens; never in its text if they are special.
+    pub eos: Vec<u32>,
+    /// Further ids that end a row and are left out of its text.
+    pub stop_token_ids: Vec<u32>,
+    /// Strings that end a row.
+    pub stops: StopStrings,
+    /// The time after which rows end.
+    pub max_time: Option<Duration>,
+    /// The user's own criteria.
+    pub criteria: Vec<Arc<dyn StoppingCriteria>>,
+    /// Ends the call from another thread.
+    pub cancel: Option<CancelToken>,
+    /// Rows per prompt.
+    pub num_return_sequences: usize,
+    /// Where rows' seeds come from.
+    pub seeds: Seeds,
+    /// What results carry besides tokens and text.
+    pub record: Record,
+    /// Whether keys and values are kept; if not, every step computes the whole row.
+    pub use_cache: bool,
+    /// The room of a fresh cache.
+    pub capacity: Capacity,
+    /// Tokens of a prompt computed in one pass.
+    pub prefill_chunk_size: Option<usize>,
+    /// Prepended to the prompt where a text prompt encodes to nothing.
+    pub bos: Option<u32>,
+    /// The first id of an encoder-decoder model's rows: one for all, or one for each prompt. Empty for other models.
+    pub decoder_start: Vec<u32>,
+    /// What `explain()` prints.
+    pub explanation: Explanation,
+}
+
+/// When a row ends by its length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Length {
+    /// Generated tokens.
+    New(usize),
+    /// Prompt and generated tokens.
+    Total(usize),
+    /// Nothing was set: 20 generated tokens, within the model's context where it has one.
+    Unset {
+        /// Positions that the model was made for.
+        context: Option<usize>,
+    },
+}
+
+impl Length {
+    /// The number of tokens, prompt included, at which a row with a prompt of `prompt_len` ends.
+    pub fn max_length(self, prompt_len: usize) -> usize {
+        match self {
+            Self::New(count) => prompt_len.saturating_add(count),
+            Self::Total(len) => len,
+            Self::Unset { context } => prompt_len.saturating_add(20).min(context.unwrap_or(usize::MAX)),
+        }
+    }
+}
+
+/// How much room a row's cache takes when it is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Capacity {
+    /// None at first.
+    Grow,
+    /// All that the row can need.
+    Row,
+    /// This many positions.
+    Fixed(usize),
+}
+
+impl Capacity {
+    /// The room for a row that ends at `max_length` tokens. Its last token is never fed, so that it needs no position.
+    pub fn room(self, max_length: usize) -> Room {
+        match self {
+            Self::Grow => Room::Grow,
+            Self::Row => Room::Reserve(max_length.saturating_sub(1)),
+            Self::Fixed(len) => Room::Reserve(len),
+        }
+    }
+}
+
+/// Where rows' seeds come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Seeds {
+    /// The first row's seed; the others' are hashes of it and the row's number.
+    One(u64),
+    /// One for each row of the call.
+    Each(Vec<u64>),
+}
+
+/// What results carry besides tokens and text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Record {
+    /// Log-probabilities of the chosen tokens, with this many alternatives.
+    pub log_probs: Option<usize>,
+    /// Whether log-probabilities are those of the processed scores, not of the model's own.
+    pub processed_log_probs: bool,
+    /// Processed scores of every step.
+    pub scores: bool,
+    /// Raw logits of every step.
+    pub logits: bool,
+}
+
+impl Record {
+    /// Whether the model's own logits have to outlive the processors.
+    pub fn needs_raw(&self) -> bool {
+        self.logits || (self.log_probs.is_some() && !self.processed_log_probs)
+    }
+}
+
+/// The keywords of `keyword_boost`.
+#[derive(Debug, Clone)]
+pub struct Keywords {
+    /// As the config has them.
+    pub words: Vec<String>,
+    /// The processor, which also tells which were produced.
+    pub boost: KeywordBoost,
+}
+
+impl Plan {
+    /// Takes each value from `call`, else from `model` (the checkpoint's own config), else the reference's default, and
+    /// reports all that is wrong at once.
+    pub fn new(call: &GenerationConfig, model: &GenerationConfig, info: &ModelInfo, tokenizer: Option<&Tokenizer>) -> Result<Self> {
+        let merged = Merged::new(call, model);
+        let mut check = Check::new(&merged, info, tokenizer);
+        check.mode();
+        let eos = check.eos();
+        let Chain { processors, keywords } = Chain::new(&mut check, &eos);
+        let config = &merged.config;
+        let plan = Self {
+            strategy: merged.strategy.clone(),
+            keywords,
+            length: check.length(),
+            stop_token_ids: check.stop_token_ids(),
+            stops: check.stops(),
+            max_time: check.max_time(),
+            criteria: config.stopping_criteria.clone(),
+            cancel: config.cancel.clone(),
+            num_return_sequences: check.num_return_sequences(),
+            seeds: check.seeds(),
+            record: check.record(),
+            use_cache: config.use_cache != Some(false),
+            capacity: check.capacity(),
+            prefill_chunk_size: check.prefill_chunk_size(),
+            bos: config.bos_token_id.and_then(|id| u32::try_from(id).ok()),
+            decoder_start: check.decoder_start(),
+            explanation: Explanation::new(&merged, info, &processors, &eos),
+            processors,
+            eos,
+        };
+        check.finish()?;
+        Ok(plan)
+    }
+
+    /// Rows of a prompt.
+    pub fn width(&self) -> usize {
+        self.num_return_sequences.max(self.strategy.num_beams())
+    }
+
+    /// The room of a fresh cache for a prompt of `prompt_len` tokens.
+    pub fn room(&self, prompt_len: usize) -> Room {
+        self.capacity.room(self.length.max_length(prompt_len))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,254 @@
+//! A row: one sequence in the making, with all that it remembers. A clone is a fork.
+
+use crate::{
+    error::Result,
+    logits::{History, pick},
+    model::Cache,
+    output::{FinishReason, Piece, Sequence, TokenLogProb},
+    plan::{Plan, Record},
+    text::{Detokenizer, Scan, Tokenizer, Watch},
+};
+use std::{sync::Arc, time::Instant};
+
+/// One sequence in the making.
+pub struct Row {
+    /// Its number among the call's sequences.
+    pub number: usize,
+    /// The index of its prompt in the call.
+    pub prompt: usize,
+    /// Prompt and generated ids.
+    pub tokens: Vec<u32>,
+    /// How many of `tokens` are the prompt.
+    pub prompt_len: usize,
+    /// The length of `tokens` at which it ends.
+    pub max_length: usize,
+    /// The encoder's source; `None` in a decoder-only model.
+    pub source: Option<Arc<[u32]>>,
+    /// What its draws depend on.
+    pub seed: u64,
+    /// Its keys and values.
+    pub cache: Box<dyn Cache>,
+    /// Why it ended, once it has.
+    pub finish: Option<FinishReason>,
+    /// The stop string that ended it.
+    pub stop_string: Option<String>,
+    /// The score that a beam search ranks it by.
+    pub score: Option<f32>,
+    text: Option<Text>,
+    shown: Shown,
+    log_probs: Vec<TokenLogProb>,
+    scores: Vec<Vec<f32>>,
+    logits: Vec<Vec<f32>>,
+}
+
+/// The row's text so far, and what may still become text.
+#[derive(Clone)]
+struct Text {
+    detokenizer: Detokenizer,
+    watch: Watch,
+    certain: String,
+}
+
+/// What a stream has already been given.
+#[derive(Clone, Copy, Default)]
+struct Shown {
+    bytes: usize,
+    tokens: usize,
+}
+
+impl Clone for Row {
+    fn clone(&self) -> Self {
+        Self {
+            cache: self.cache.fork(),
+            tokens: self.tokens.clone(),
+            source: self.source.clone(),
+            stop_string: self.stop_string.clone(),
+            text: self.text.clone(),
+            log_probs: self.log_probs.clone(),
+            scores: self.scores.clone(),
+            logits: self.logits.clone(),
+            ..*self
+        }
+    }
+}
+
+impl Row {
+    /// A row that has generated nothing yet; `tokens` are its prompt.
+    pub fn new(tokens: Vec<u32>, source: Option<Arc<[u32]>>, cache: Box<dyn Cache>, plan: &Plan, tokenizer: Option<&Tokenizer>) -> Result<Self> {
+        let text = tokenizer.map(|tokenizer| Text::new(tokenizer, if source.is_some() { &[] } else { &tokens }, plan)).transpose()?;
+        Ok(Self {
+            number: 0,
+            prompt: 0,
+            prompt_len: tokens.len(),
+            max_length: plan.length.max_length(tokens.len()),
+            tokens,
+            source,
+            seed: 0,
+            cache,
+            finish: None,
+            stop_string: None,
+            score: None,
+            text,
+            shown: Shown::default(),
+            log_probs: Vec::new(),
+            scores: Vec::new(),
+            logits: Vec::new(),
+        })
+    }
+
+    /// The ids that its cache does not hold yet.
+    pub fn pending(&self) -> &[u32] {
+        self.tokens.get(self.cache.len()..).unwrap_or_default()
+    }
+
+    /// The ids generated so far.
+    pub fn generated(&self) -> &[u32] {
+        &self.tokens[self.prompt_len..]
+    }
+
+    /// What processors and criteria see of it.
+    pub fn history(&self) -> History<'_> {
+        let mut history = History::new(&self.tokens, self.prompt_len, self.max_length);
+        history.prompt = self.prompt;
+        if let Some(source) = &self.source {
+            history.source = source;
+        }
+        history
+    }
+
+    /// Appends a token and decides whether the row ends with it.
+    pub fn push(&mut self, token: u32, plan: &Plan, started: Instant) -> Result<()> {
+        self.tokens.push(token);
+        if plan.eos.contains(&token) {
+            self.finish = Some(FinishReason::Eos);
+        } else if plan.stop_token_ids.contains(&token) {
+            self.finish = Some(FinishReason::StopToken);
+        }
+        if self.finish != Some(FinishReason::StopToken)
+            && let Some(text) = &mut self.text
+            && let Some(stop) = text.push(token)?
+        {
+            self.stop_string = Some(stop);
+            self.finish.get_or_insert(FinishReason::StopString);
+        }
+        if self.finish.is_none() {
+            self.finish = self.limit(plan, started);
+        }
+        if self.finish.is_some() {
+            self.close()?;
+        }
+        Ok(())
+    }
+
+    /// Ends the row for a reason from outside.
+    pub fn end(&mut self, reason: FinishReason) -> Result<()> {
+        self.finish = Some(reason);
+        self.close()
+    }
+
+    /// Keeps what the call wants to know about a step, before its token is pushed: `raw` are the model's logits.
+    pub fn record(&mut self, token: u32, record: &Record, raw: Option<&[f32]>, processed: &[f32]) {
+        let raw = raw.unwrap_or(processed);
+        if let Some(count) = record.log_probs {
+            let scores = if record.processed_log_probs { processed } else { raw };
+            let total = pick::log_sum_exp(scores);
+            let log_prob = |score: f32| (f64::from(score) - total) as f32;
+            self.log_probs.push(TokenLogProb {
+                id: token,
+                log_prob: scores.get(token as usize).map_or(f32::NEG_INFINITY, |&score| log_prob(score)),
+                top: pick::top(scores, count).into_iter().map(|(id, score)| (id, log_prob(score))).collect(),
+            });
+        }
+        if record.scores {
+            self.scores.push(processed.to_vec());
+        }
+        if record.logits {
+            self.logits.push(raw.to_vec());
+        }
+    }
+
+    /// What became certain since the last piece.
+    pub fn piece(&mut self) -> Piece {
+        let text = self.text.as_ref().map_or("", |text| &text.certain[self.shown.bytes..]).to_owned();
+        let tokens = self.generated()[self.shown.tokens..].to_vec();
+        self.shown = Shown { bytes: self.shown.bytes + text.len(), tokens: self.shown.tokens + tokens.len() };
+        Piece { row: self.number, text, tokens, finish: self.finish }
+    }
+
+    /// The result of a row that has ended. Its cache goes.
+    pub fn finished(self, plan: &Plan, tokenizer: Option<&Tokenizer>) -> Result<Sequence> {
+        let text = self.text.map(|text| text.certain).unwrap_or_default();
+        let full_text = match tokenizer {
+            Some(tokenizer) if self.source.is_none() => tokenizer.decode(&self.tokens[..self.prompt_len], true)? + &text,
+            _ => text.clone(),
+        };
+        let generated = self.tokens[self.prompt_len..].to_vec();
+        let keywords = plan.keywords.as_ref().map_or_else(Vec::new, |keywords| {
+            keywords.words.iter().cloned().zip(keywords.boost.produced(&generated)).collect()
+        });
+        Ok(Sequence {
+            prompt: self.prompt,
+            row: self.number,
+            text,
+            full_text,
+            prompt_len: self.prompt_len,
+            finish: self.finish.unwrap_or(FinishReason::Cancelled),
+            stop_string: self.stop_string,
+            seed: plan.strategy.samples().then_some(self.seed),
+            score: self.score,
+            log_probs: plan.record.log_probs.map(|_| self.log_probs),
+            scores: plan.record.scores.then_some(self.scores),
+            logits: plan.record.logits.then_some(self.logits),
+            keywords,
+            tokens: generated,
+        })
+    }
+
+    fn limit(&self, plan: &Plan, started: Instant) -> Option<FinishReason> {
+        if self.tokens.len() >= self.max_length {
+            return Some(FinishReason::Length);
+        }
+        if plan.max_time.is_some_and(|limit| started.elapsed() > limit) {
+            return Some(FinishReason::Time);
+        }
+        plan.criteria.iter().find_map(|criterion| criterion.check(&self.history()))
+    }
+
+    fn close(&mut self) -> Result<()> {
+        if let Some(text) = &mut self.text
+            && self.stop_string.is_none()
+            && let Some(stop) = text.flush()?
+        {
+            self.stop_string = Some(stop);
+            self.finish = Some(FinishReason::StopString);
+        }
+        Ok(())
+    }
+}
+
+impl Text {
+    fn new(tokenizer: &Tokenizer, prompt: &[u32], plan: &Plan) -> Result<Self> {
+        let watch = if plan.stops.is_empty() { plan.stops.watch("") } else { plan.stops.watch(&tokenizer.decode(prompt, true)?) };
+        Ok(Self { detokenizer: Detokenizer::new(tokenizer, prompt)?, watch, certain: String::new() })
+    }
+
+    /// Takes a token; the stop string that its text completes.
+    fn push(&mut self, token: u32) -> Result<Option<String>> {
+        let piece = self.detokenizer.push(token)?;
+        Ok(self.scan(&piece))
+    }
+
+    /// Takes what is still held; the stop string that it completes.
+    fn flush(&mut self) -> Result<Option<String>> {
+        let piece = self.detokenizer.finish()?;
+        let stop = self.scan(&piece);
+        self.certain += &self.watch.finish();
+        Ok(stop)
+    }
+
+    fn scan(&mut self, piece: &str) -> Option<String> {
+        let Scan { text, stop } = self.watch.push(piece);
+        self.certain += &text;
+        stop
+    }
+}

@@ -1,0 +1,360 @@
+//! Runs a call: admits prompts while there is room, steps the search over the live rows, retires the finished ones.
+
+use crate::{
+    error::{Error, Result},
+    logits::pick,
+    memory::Memory,
+    model::{Cache, Context, Feed, Model, Start, Want},
+    output::{FinishReason, Output, Piece, Sequence, Timings, Usage},
+    plan::{Plan, Seeds},
+    progress::{OnProgress, Stage},
+    rows::Row,
+    search::{self, Search, Turn},
+    text::Tokenizer,
+};
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::Instant,
+};
+
+/// Prompt tokens computed in one pass unless the config says otherwise: enough to be efficient, few enough to report and cancel.
+const PASS: usize = 512;
+
+/// What a call works with besides its plan.
+#[derive(Clone)]
+pub(crate) struct Setting {
+    pub model: Arc<dyn Model>,
+    pub tokenizer: Option<Tokenizer>,
+    pub progress: Option<OnProgress>,
+    /// Bytes that weights and caches may take.
+    pub memory_limit: Option<u64>,
+    /// Tokens of all rows in flight, each row counted at its largest length.
+    pub batch_tokens: usize,
+}
+
+/// A call under way.
+pub(crate) struct Run {
+    setting: Setting,
+    plan: Plan,
+    search: Box<dyn Search>,
+    waiting: VecDeque<Waiting>,
+    rows: Vec<Row>,
+    done: Vec<Sequence>,
+    prompt_tokens: usize,
+    timings: Timings,
+    started: Instant,
+}
+
+/// A prompt that has not been started.
+struct Waiting {
+    index: usize,
+    /// The (decoder's) prompt.
+    tokens: Vec<u32>,
+    /// The encoder's source.
+    source: Option<Arc<[u32]>>,
+}
+
+impl Run {
+    /// Checks every prompt; computes nothing yet.
+    pub fn new(setting: Setting, plan: Plan, prompts: Vec<Vec<u32>>) -> Result<Self> {
+        let run = Self {
+            search: search::new(&plan.strategy)?,
+            prompt_tokens: prompts.iter().map(Vec::len).sum(),
+            waiting: prompts.into_iter().enumerate().map(|(index, ids)| Waiting::new(index, ids, &plan)).collect(),
+            setting,
+            plan,
+            rows: Vec::new(),
+            done: Vec::new(),
+            timings: Timings::default(),
+            started: Instant::now(),
+        };
+        run.check()?;
+        Ok(run)
+    }
+
+    /// Makes every live row longer by one step. Returns whether there was anything left to do.
+    pub fn step(&mut self, mut pieces: Option<&mut VecDeque<Piece>>) -> Result<bool> {
+        if !self.cancelled() {
+            self.admit()?;
+        }
+        if self.cancelled() {
+            self.cancel()?;
+        } else if !self.rows.is_empty() {
+            let mut turn = Turn {
+                rows: &mut self.rows,
+                plan: &self.plan,
+                model: self.setting.model.as_ref(),
+                started: self.started,
+                forward: &mut self.timings.forward,
+            };
+            self.search.step(&mut turn)?;
+            if self.timings.first_token.is_zero() {
+                self.timings.first_token = self.started.elapsed();
+            }
+        }
+        if let Some(pieces) = &mut pieces {
+            pieces.extend(self.rows.iter_mut().map(Row::piece));
+        }
+        self.retire()?;
+        Ok(!(self.rows.is_empty() && self.waiting.is_empty()))
+    }
+
+    /// The result. Rows that are still live are cut off as they are.
+    pub fn output(mut self) -> Result<Output> {
+        self.cancel()?;
+        self.retire()?;
+        self.timings.total = self.started.elapsed();
+        self.done.sort_by_key(|sequence| sequence.row);
+        let generated_tokens = self.done.iter().map(|sequence| sequence.tokens.len()).sum();
+        Ok(Output { sequences: self.done, usage: Usage { prompt_tokens: self.prompt_tokens, generated_tokens }, timings: self.timings })
+    }
+
+    fn check(&self) -> Result<()> {
+        let info = self.setting.model.info();
+        let rows = self.waiting.len() * self.plan.num_return_sequences;
+        if let Seeds::Each(seeds) = &self.plan.seeds
+            && seeds.len() != rows
+        {
+            return Err(Error::config("seeds", format!("{} seeds", seeds.len()), format!("the call has {rows} rows and needs one for each")));
+        }
+        let starts = self.plan.decoder_start.len();
+        if starts > 1 && starts != self.waiting.len() {
+            let reason = format!("the call has {} prompts: one id, or one for each prompt, is accepted", self.waiting.len());
+            return Err(Error::config("decoder_start_token_id", format!("{starts} ids"), reason));
+        }
+        for waiting in &self.waiting {
+            waiting.check(&self.plan, info.vocab_size, info.context)?;
+            if let Some(limit) = self.setting.memory_limit {
+                let memory = self.memory(waiting);
+                if memory.total() > limit {
+                    let hint = "a shorter prompt, fewer new tokens or fewer rows would take less".into();
+                    return Err(Error::Memory { needed: memory.total(), limit, hint });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn memory(&self, waiting: &Waiting) -> Memory {
+        Memory::new(&self.plan, self.setting.model.info(), 1, waiting.tokens.len())
+    }
+
+    // Starts waiting prompts in order while they fit beside the live rows; at least one if nothing is live.
+    fn admit(&mut self) -> Result<()> {
+        let mut tokens: usize = self.rows.iter().map(|row| self.capacity(row.tokens.len(), row.max_length)).sum();
+        let mut bytes: u64 = self.rows.iter().map(|row| self.bytes(row.max_length)).sum();
+        let mut admitted = Vec::new();
+        while let Some(next) = self.waiting.front() {
+            let width = self.plan.width();
+            let max_length = self.plan.length.max_length(next.tokens.len());
+            let more_tokens = width.saturating_mul(self.capacity(next.tokens.len(), max_length));
+            let more_bytes = self.memory(next).cache;
+            tokens = tokens.saturating_add(more_tokens);
+            bytes = bytes.saturating_add(more_bytes);
+            let over = self.setting.memory_limit.is_some_and(|limit| bytes.saturating_add(self.setting.model.info().weight_bytes) > limit);
+            if (over || tokens > self.setting.batch_tokens) && !(self.rows.is_empty() && admitted.is_empty()) {
+                break;
+            }
+            admitted.extend(self.waiting.pop_front());
+        }
+        if admitted.is_empty() {
+            return Ok(());
+        }
+        self.start(admitted)
+    }
+
+    // The tokens that a row is counted as: what it may become, within what the model was made for.
+    fn capacity(&self, len: usize, max_length: usize) -> usize {
+        max_length.min(self.setting.model.info().context.len().unwrap_or(usize::MAX)).max(len)
+    }
+
+    fn bytes(&self, max_length: usize) -> u64 {
+        let info = self.setting.model.info();
+        info.position_bytes.saturating_mul(max_length as u64)
+    }
+
+    // Computes each prompt once, then forks it into its rows.
+    fn start(&mut self, admitted: Vec<Waiting>) -> Result<()> {
+        let starts: Vec<_> = admitted.iter().map(|waiting| waiting.start(&self.plan)).collect();
+        let caches = self.setting.model.start(&starts)?;
+        let mut fresh = Vec::with_capacity(admitted.len());
+        for (waiting, cache) in admitted.into_iter().zip(caches) {
+            fresh.push(waiting.row(cache, &self.plan, self.setting.tokenizer.as_ref())?);
+        }
+        if self.plan.use_cache {
+            self.prefill(&mut fresh)?;
+        }
+        let width = self.plan.width();
+        for row in fresh {
+            for copy in 0..width {
+                let mut row = row.clone();
+                row.number = row.prompt * width + copy;
+                row.seed = match &self.plan.seeds {
+                    Seeds::One(seed) => pick::row_seed(*seed, row.number as u64),
+                    Seeds::Each(seeds) => seeds.get(row.number).copied().unwrap_or_default(),
+                };
+                self.rows.push(row);
+            }
+        }
+        Ok(())
+    }
+
+    // Leaves what one pass of the search can take: the last tokens of each prompt, and no more than its very last where
+    // the prompt is about to be forked.
+    fn prefill(&mut self, rows: &mut [Row]) -> Result<()> {
+        let pass = self.plan.prefill_chunk_size.unwrap_or(PASS);
+        let keep = if self.plan.width() > 1 { rows.len() } else { pass };
+        let total: usize = rows.iter().map(|row| row.pending().len()).sum();
+        loop {
+            let left: usize = rows.iter().map(|row| row.pending().len()).sum();
+            let mut budget = if left > keep { pass } else { 0 };
+            let mut feeds = Vec::new();
+            for row in rows.iter_mut() {
+                let from = row.cache.len();
+                let take = budget.min((row.tokens.len() - from).saturating_sub(1));
+                if take > 0 {
+                    budget -= take;
+                    feeds.push(Feed { tokens: &row.tokens[from..from + take], cache: row.cache.as_mut() });
+                }
+            }
+            if feeds.is_empty() || self.cancelled() {
+                return Ok(());
+            }
+            let clock = Instant::now();
+            self.setting.model.forward(&mut feeds, Want::Nothing)?;
+            self.timings.forward += clock.elapsed();
+            if let Some(progress) = &self.setting.progress {
+                let left: usize = rows.iter().map(|row| row.pending().len()).sum();
+                progress.report(Stage::Prefill, (total - left) as u64, total as u64)?;
+            }
+        }
+    }
+
+    fn retire(&mut self) -> Result<()> {
+        for row in self.rows.extract_if(.., |row| row.finish.is_some()) {
+            self.done.push(row.finished(&self.plan, self.setting.tokenizer.as_ref())?);
+        }
+        Ok(())
+    }
+
+    fn cancelled(&self) -> bool {
+        self.plan.cancel.as_ref().is_some_and(|cancel| cancel.is_cancelled())
+    }
+
+    // Ends everything as it is; prompts that never started give empty rows.
+    fn cancel(&mut self) -> Result<()> {
+        for waiting in std::mem::take(&mut self.waiting) {
+            let row = waiting.row(Box::new(Unstarted), &self.plan, self.setting.tokenizer.as_ref())?;
+            for copy in 0..self.plan.width() {
+                let mut row = row.clone();
+                row.number = row.prompt * self.plan.width() + copy;
+                self.rows.push(row);
+            }
+        }
+        self.rows.iter_mut().try_for_each(|row| row.end(FinishReason::Cancelled))
+    }
+}
+
+impl Waiting {
+    fn new(index: usize, ids: Vec<u32>, plan: &Plan) -> Self {
+        match plan.decoder_start.get(index).or(plan.decoder_start.first()).copied() {
+            Some(start) => Self { index, tokens: vec![start], source: Some(ids.into()) },
+            None => Self { index, tokens: ids, source: None },
+        }
+    }
+
+    fn check(&self, plan: &Plan, vocab_size: usize, context: Context) -> Result<()> {
+        let index = self.index;
+        let ids = self.source.as_deref().unwrap_or(&self.tokens);
+        if ids.is_empty() {
+            return Err(Error::Prompt(format!("prompt {index} is empty and there is no bos_token_id to start from")));
+        }
+        if let Some(id) = ids.iter().chain(&self.tokens).find(|&&id| id as usize >= vocab_size) {
+            return Err(Error::Prompt(format!("prompt {index} holds the id {id}, the vocabulary has {vocab_size}")));
+        }
+        let (len, max_length) = (self.tokens.len(), plan.length.max_length(self.tokens.len()));
+        if len >= max_length {
+            return Err(Error::Prompt(format!("prompt {index} has {len} tokens and max_length is {max_length}: nothing is left to generate")));
+        }
+        if let Context::Hard(limit) = context
+            && max_length > limit
+        {
+            let room = limit.saturating_sub(len);
+            return Err(Error::Prompt(format!(
+                "prompt {index} has {len} tokens and may grow to {max_length}, but the model has {limit} positions: at most {room} new tokens fit"
+            )));
+        }
+        Ok(())
+    }
+
+    fn start(&self, plan: &Plan) -> Start<'_> {
+        Start { source: self.source.as_deref().unwrap_or_default(), room: plan.room(self.tokens.len()) }
+    }
+
+    fn row(self, cache: Box<dyn Cache>, plan: &Plan, tokenizer: Option<&Tokenizer>) -> Result<Row> {
+        let mut row = Row::new(self.tokens, self.source, cache, plan, tokenizer)?;
+        row.prompt = self.index;
+        Ok(row)
+    }
+}
+
+/// The cache of a row that was cancelled before it began.
+struct Unstarted;
+
+impl Cache for Unstarted {
+    fn len(&self) -> usize {
+        0
+    }
+
+    fn fork(&self) -> Box<dyn Cache> {
+        Box::new(Self)
+    }
+
+    fn truncate(&mut self, _: usize) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// The pieces of a call, as they become certain. Dropping it ends the call.
+///
+/// It is `Send` and owns all that it needs, so it can be moved to a thread.
+pub struct Stream {
+    run: Run,
+    pieces: VecDeque<Piece>,
+    more: bool,
+}
+
+impl Stream {
+    pub(crate) fn new(run: Run) -> Self {
+        Self { run, pieces: VecDeque::new(), more: true }
+    }
+
+    /// The result so far: the whole one once the iterator has ended; before that, live rows are cut off as they are.
+    pub fn into_output(self) -> Result<Output> {
+        self.run.output()
+    }
+}
+
+impl Iterator for Stream {
+    type Item = Result<Piece>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        while self.pieces.is_empty() && self.more {
+            match self.run.step(Some(&mut self.pieces)) {
+                Ok(more) => self.more = more,
+                Err(error) => {
+                    self.more = false;
+                    return Some(Err(error));
+                }
+            }
+        }
+        self.pieces.pop_front().map(Ok)
+    }
+}
+
+impl std::fmt::Debug for Stream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Stream").field("more", &self.more).finish_non_exhaustive()
+    }
+}

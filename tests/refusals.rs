@@ -1,0 +1,184 @@
+//! Bad input: each is a clear error that names the field or the file, before anything is computed or allocated.
+
+use candle_generate::{
+    Cache, Error, Feed, Forward, GenerationConfig, Generator, Model, ModelInfo, Prompt, Result, Room, Want, candle_core::DType,
+};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+fn golden(family: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(family)
+}
+
+fn generator(family: &str) -> Generator {
+    Generator::from_pretrained(golden(family)).unwrap()
+}
+
+#[track_caller]
+fn refused<T>(result: Result<T>, kind: &str, names: &[&str]) {
+    let Err(error) = result else { panic!("{names:?} was accepted") };
+    let message = error.to_string();
+    assert_eq!(error.kind(), kind, "{message}");
+    for name in names {
+        assert!(message.contains(name), "{message:?} does not name {name:?}");
+    }
+}
+
+#[track_caller]
+fn field(config: GenerationConfig, names: &[&str]) {
+    refused(generator("llama").generate(vec![5, 6, 7], &config.max_new_tokens(2)), "config", names);
+}
+
+#[test]
+fn prompts() {
+    let generator = generator("llama");
+    let config = GenerationConfig::greedy().max_new_tokens(2);
+    refused(generator.generate(vec![5, 100_000], &config), "prompt", &["100000", "vocabulary"]);
+    refused(generator.generate("text", &config), "prompt", &["tokenizer"]);
+    let total = GenerationConfig::greedy().max_length(3);
+    refused(generator.generate(vec![5, 6, 7], &total), "prompt", &["max_length", "3"]);
+    refused(generator.generate_batch([vec![5, 6], vec![5, 6, 7]], &total), "prompt", &["prompt 1"]);
+    let bare = Generator::new(Flat(ModelInfo::new("flat", 8), 0.0), None);
+    refused(bare.generate(Vec::<u32>::new(), &config), "prompt", &["empty", "bos_token_id"]);
+    assert_eq!(bare.generate(Vec::<u32>::new(), &config.bos_token_id(3)).unwrap().sequences[0].prompt_len, 1);
+    let none = bare.generate_batch(Vec::<Prompt>::new(), &GenerationConfig::greedy()).unwrap();
+    assert!(none.sequences.is_empty());
+}
+
+#[test]
+fn a_position_table_that_is_too_short() {
+    let generator = generator("gpt2");
+    let limit = generator.model().info().context.len().unwrap();
+    let config = GenerationConfig::greedy().max_new_tokens(limit);
+    refused(generator.generate(vec![5, 6, 7], &config), "prompt", &[&limit.to_string(), &(limit - 3).to_string()]);
+    let fits = GenerationConfig::greedy().max_new_tokens(limit - 3).min_new_tokens(limit - 3);
+    assert_eq!(generator.generate(vec![5, 6, 7], &fits).unwrap().tokens().len(), limit - 3);
+}
+
+#[test]
+fn fields_out_of_range() {
+    field(GenerationConfig::sampling().temperature(0.0), &["temperature", "0"]);
+    field(GenerationConfig::sampling().temperature(-1.0), &["temperature", "-1"]);
+    field(GenerationConfig::sampling().top_p(1.5), &["top_p", "1.5"]);
+    field(GenerationConfig::sampling().min_p(2.0), &["min_p"]);
+    field(GenerationConfig::greedy().repetition_penalty(0.0), &["repetition_penalty"]);
+    field(GenerationConfig::greedy().prefill_chunk_size(0), &["prefill_chunk_size"]);
+    field(GenerationConfig::greedy().num_return_sequences(2), &["num_return_sequences"]);
+    field(GenerationConfig::greedy().stop_strings(["x"]), &["stop_strings", "tokenizer"]);
+    field(GenerationConfig::greedy().bad_words_ids(vec![vec![100_000]]), &["bad_words_ids", "100000"]);
+    field(GenerationConfig::sampling().seeds(vec![1, 2]), &["seeds", "1"]);
+    field(GenerationConfig::sampling().temperature(0.0).top_p(-1.0).typical_p(7.0), &["temperature", "top_p", "typical_p"]);
+}
+
+#[test]
+fn modes_that_are_not_built() {
+    let beams = GenerationConfig::from_json(&serde_json::json!({"num_beams": 4})).unwrap();
+    refused(generator("llama").generate(vec![5, 6], &beams), "unsupported", &["beam"]);
+}
+
+#[test]
+fn a_billion_tokens_allocate_nothing() {
+    let generator = generator("llama");
+    let config = GenerationConfig::greedy().max_new_tokens(1_000_000_000);
+    let mut stream = generator.stream(vec![5, 6, 7], &config).unwrap();
+    assert_eq!(stream.next().unwrap().unwrap().tokens.len(), 1);
+    let memory = generator.memory(&config, 2, 3).unwrap();
+    assert!(memory.cache > 1_000_000_000 && memory.total() > memory.cache);
+    let limited = Generator::builder(golden("llama")).memory_limit(memory.weights + 1_000_000).load().unwrap();
+    refused(limited.generate(vec![5, 6, 7], &config), "memory", &["limit", &(memory.weights + 1_000_000).to_string()]);
+    let fixed = GenerationConfig::greedy().max_new_tokens(8).cache_implementation("static");
+    refused(generator.generate(vec![5, 6, 7], &fixed.max_cache_len(4)), "config", &["max_cache_len", "4"]);
+}
+
+#[test]
+fn damaged_checkpoints() {
+    let source = golden("llama");
+    let good: serde_json::Value = serde_json::from_slice(&fs::read(source.join("config.json")).unwrap()).unwrap();
+    let weights = fs::read(source.join("model.safetensors")).unwrap();
+    let build = |config: &[u8], weights: Option<&[u8]>| {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("config.json"), config).unwrap();
+        weights.map(|bytes| fs::write(folder.path().join("model.safetensors"), bytes).unwrap());
+        let result = Generator::from_pretrained(folder.path());
+        (folder, result)
+    };
+    let with = |key: &str, value: serde_json::Value| {
+        let mut config = good.clone();
+        config[key] = value;
+        serde_json::to_vec(&config).unwrap()
+    };
+    let plain = serde_json::to_vec(&good).unwrap();
+    assert!(build(&plain, Some(&weights)).1.is_ok());
+    refused(Generator::from_pretrained("no/such/folder"), "load", &["no/such/folder"]);
+    refused(build(b"{", Some(&weights)).1, "load", &["config.json"]);
+    refused(build(&plain, None).1, "load", &["model.safetensors"]);
+    refused(build(&with("model_type", "unheard_of".into()), Some(&weights)).1, "load", &["unheard_of", "llama", "gpt2"]);
+    refused(build(&with("hidden_size", 64_000.into()), Some(&weights)).1, "load", &["64000"]);
+    refused(build(&with("num_hidden_layers", 99.into()), Some(&weights)).1, "load", &["layers"]);
+    refused(build(&with("vocab_size", 1_000_000_000_000u64.into()), Some(&weights)).1, "load", &["vocab_size"]);
+    refused(build(&with("num_attention_heads", 0.into()), Some(&weights)).1, "load", &["num_attention_heads"]);
+    for cut in [0, 7, 8, 100, weights.len() / 2, weights.len() - 1] {
+        refused(build(&plain, Some(&weights[..cut])).1, "load", &["model.safetensors"]);
+    }
+    let mut lying = weights.clone();
+    lying[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+    refused(build(&plain, Some(&lying)).1, "load", &["model.safetensors"]);
+    refused(Generator::builder(&source).dtype(DType::U8).load(), "config", &["dtype", "U8"]);
+}
+
+/// A model whose logits are all the same value.
+struct Flat(ModelInfo, f32);
+
+struct Count(usize);
+
+impl Model for Flat {
+    fn info(&self) -> &ModelInfo {
+        &self.0
+    }
+
+    fn start(&self, sources: &[&[u32]], _: Room) -> Result<Vec<Box<dyn Cache>>> {
+        Ok(sources.iter().map(|_| Box::new(Count(0)) as Box<dyn Cache>).collect())
+    }
+
+    fn forward(&self, rows: &mut [Feed<'_>], _: Want) -> Result<Forward> {
+        for row in rows.iter_mut() {
+            candle_generate::model::downcast::<Count>(row.cache)?.0 += row.tokens.len();
+        }
+        Ok(Forward::Host(vec![self.1; rows.len() * self.0.vocab_size]))
+    }
+}
+
+impl Cache for Count {
+    fn len(&self) -> usize {
+        self.0
+    }
+
+    fn fork(&self) -> Box<dyn Cache> {
+        Box::new(Self(self.0))
+    }
+
+    fn truncate(&mut self, len: usize) -> Result<()> {
+        self.0 = len;
+        Ok(())
+    }
+}
+
+#[test]
+fn logits_that_are_not_numbers() {
+    let broken = Generator::new(Flat(ModelInfo::new("broken", 8), f32::NAN), None);
+    let config = GenerationConfig::greedy().max_new_tokens(2);
+    refused(broken.generate(vec![1], &config), "processor", &["model", "NaN"]);
+    assert_eq!(broken.generate(vec![1], &config.remove_invalid_values(true)).unwrap().tokens(), [0, 0]);
+}
+
+#[test]
+fn a_row_without_a_token_names_the_processor() {
+    let flat = Generator::new(Flat(ModelInfo::new("flat", 4), 1.0), None);
+    let config = GenerationConfig::greedy().max_new_tokens(2).suppress_tokens(vec![0, 1, 2, 3]);
+    refused(flat.generate(vec![1], &config), "processor", &["suppress_tokens"]);
+    let nothing = GenerationConfig::greedy().max_new_tokens(2).prefix_allowed_tokens_fn(|_, _: &[u32]| Vec::new());
+    refused(flat.generate(vec![1], &nothing), "processor", &["prefix_allowed_tokens_fn"]);
+    assert!(matches!(flat.generate(vec![9], &nothing), Err(Error::Prompt(_))));
+}
