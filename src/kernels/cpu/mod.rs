@@ -9,6 +9,8 @@ mod pointwise;
 mod rope;
 mod threads;
 mod tile;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use super::{Activation, Attention, Matrix, Norm, Ops, Rope, Span, StoreShape};
 use crate::{
