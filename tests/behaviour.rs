@@ -116,7 +116,7 @@ fn bad_words_as_strings_cover_both_spellings() {
 
 #[test]
 fn keywords_are_raised_until_produced() {
-    let config = greedy(40).keyword_boost(Boost::new(["dragon", "river"]));
+    let config = greedy(40).keyword_boost(Boost { bias: 12.0, ..Boost::new(["dragon", "river"]) });
     let output = STORYTELLER.generate(PROMPT, &config).unwrap();
     let sequence = &output.sequences[0];
     assert_eq!(sequence.keywords.len(), 2);
