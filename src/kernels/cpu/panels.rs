@@ -148,7 +148,10 @@ impl<L: Line> Product<'_, L> {
         // Few rows: the panels stream by once, as many side by side as the tile has. Many: a panel or four stay in the
         // first-level cache for all rows of the band.
         let few = band.len() <= ROWS;
-        let (depth, group) = if few { (self.weight.inputs, panels.len()) } else { (DEPTH, if self.level.is_wide() { 4 } else { 1 }) };
+        let (depth, group) = match few {
+            true => (self.weight.inputs, panels.len()),
+            false => (self.weight.inputs.div_ceil(self.weight.inputs.div_ceil(DEPTH)), if self.level.is_wide() { 4 } else { 1 }),
+        };
         for inputs in (0..self.weight.inputs).step_by(depth.max(1)) {
             let inputs = inputs..self.weight.inputs.min(inputs + depth);
             for panel in panels.clone().step_by(group.max(1)) {

@@ -26,9 +26,9 @@ impl<L: Line, const R: usize, const C: usize> Task for Tile<'_, L, R, C> {
     fn run<I: Isa>(self, isa: I) -> Sums<R, C> {
         // Loops, not closures: those would be compiled for the baseline where they are not inlined.
         let mut sums = [[isa.load(&self.sums[0][0]); C]; R];
-        for r in 0..R {
-            for c in 0..C {
-                sums[r][c] = isa.load(&self.sums[r][c]);
+        for (sums, from) in sums.iter_mut().zip(&self.sums) {
+            for (sum, from) in sums.iter_mut().zip(from) {
+                *sum = isa.load(from);
             }
         }
         let mut at = 0;
@@ -56,9 +56,9 @@ impl<L: Line, const R: usize, const C: usize> Task for Tile<'_, L, R, C> {
             at += inputs;
         }
         let mut out = self.sums;
-        for r in 0..R {
-            for c in 0..C {
-                isa.store(sums[r][c], &mut out[r][c]);
+        for (sums, to) in sums.iter().zip(&mut out) {
+            for (sum, to) in sums.iter().zip(to) {
+                isa.store(*sum, to);
             }
         }
         out
