@@ -159,7 +159,7 @@ impl LogitsProcessor for Only {
 fn processors_and_prefix_functions_of_ones_own() {
     let output = STORYTELLER.generate(PROMPT, &greedy(3).logits_processor(Only(600))).unwrap();
     assert_eq!(output.tokens(), [600, 600, 600]);
-    let alternate = |_: usize, ids: &[u32]| if ids.len() % 2 == 0 { vec![500] } else { vec![501] };
+    let alternate = |_: usize, ids: &[u32]| if ids.len().is_multiple_of(2) { vec![500] } else { vec![501] };
     let output = STORYTELLER.generate(PROMPT, &greedy(4).prefix_allowed_tokens_fn(alternate)).unwrap();
     assert_eq!(output.tokens(), [500, 501, 500, 501]);
     let by_prompt = |prompt: usize, _: &[u32]| vec![700 + prompt as u32];
