@@ -1,0 +1,247 @@
+//! What transformers generates, ids, scores and texts, is what this crate generates: the folders made by golden/make.py.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use candle_generate::{GenerationConfig, Generator, Kernels, Message, Output, Prompt, Sequence};
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::Value;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+const FAMILIES: [&str; 5] = ["gpt2", "llama", "qwen2", "gemma2", "storyteller"];
+
+/// The largest difference of a score.
+const TOLERANCE: f32 = 1e-4;
+
+/// A line of `cases.jsonl`; make.py says what its fields are.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Case {
+    name: String,
+    input_ids: Option<Vec<Vec<u32>>>,
+    prompts: Option<Vec<String>>,
+    generation_config: Value,
+    /// Whether the oracle met equal scores, of which it takes the lowest id.
+    #[serde(default, rename = "ties")]
+    _ties: bool,
+    sequences: Option<Vec<Vec<u32>>>,
+    finish: Option<Vec<String>>,
+    texts: Option<Vec<String>>,
+    trimmed: Option<Vec<String>>,
+    scores: Vec<Vec<Scores>>,
+    logits: Vec<Vec<Top>>,
+}
+
+/// Ids with their values, best first.
+type Top = Vec<(usize, f32)>;
+
+/// The processed scores of one step.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Scores {
+    top: Top,
+    #[serde(default)]
+    banned: Vec<usize>,
+    kept: Option<Vec<usize>>,
+}
+
+/// A line of the storyteller's `reference.jsonl`, as far as it is greedy.
+#[derive(Deserialize)]
+struct Story {
+    prompt: String,
+    messages: Option<Vec<Message>>,
+    input_ids: Vec<u32>,
+    output_ids: Vec<u32>,
+    text: String,
+}
+
+#[test]
+fn gpt2() {
+    run_family("gpt2");
+}
+
+#[test]
+fn llama() {
+    run_family("llama");
+}
+
+#[test]
+fn qwen2() {
+    run_family("qwen2");
+}
+
+#[test]
+fn gemma2() {
+    run_family("gemma2");
+}
+
+#[test]
+fn storyteller() {
+    run_family("storyteller");
+}
+
+/// The storyteller's own references: prompts and, with the feature `chat`, conversations.
+#[test]
+fn storyteller_references() {
+    let folder = storyteller_folder();
+    let generator = Generator::from_pretrained(&folder).unwrap();
+    let stories: Vec<Story> = lines(&folder.join("reference.jsonl"));
+    assert!(stories.len() >= 7);
+    for story in stories {
+        let config = GenerationConfig::from_json(&serde_json::json!({"do_sample": false, "max_new_tokens": 64})).unwrap();
+        let prompt = match story.messages {
+            Some(messages) if cfg!(feature = "chat") => Prompt::from(messages),
+            Some(_) => Prompt::from(story.input_ids.clone()),
+            None => Prompt::from(story.prompt.as_str()),
+        };
+        assert_eq!(generator.encode(prompt.clone()).unwrap(), story.input_ids, "{}", story.prompt);
+        let output = generator.generate(prompt, &config).unwrap();
+        assert_eq!(output.tokens(), story.output_ids, "{}", story.prompt);
+        assert_eq!(output.text(), story.text, "{}", story.prompt);
+    }
+}
+
+#[test]
+fn every_folder_belongs_to_a_family() {
+    for folder in folders() {
+        assert!(FAMILIES.iter().any(|family| belongs(&folder, family)), "no test runs {}", folder.display());
+    }
+}
+
+/// Runs every case of the family's folders: as a batch, each row alone, and as a batch in candle's operations.
+fn run_family(family: &str) {
+    let folders: Vec<_> = folders().into_iter().filter(|folder| belongs(folder, family)).collect();
+    assert!(!folders.is_empty(), "{family} has no folder");
+    let mut wrong = Vec::new();
+    for folder in folders {
+        let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+        let cases: Vec<Case> = lines(&folder.join("cases.jsonl"));
+        assert!(!cases.is_empty(), "{name} has no case");
+        let checkpoint = if family == "storyteller" { storyteller_folder() } else { folder };
+        let fused = Generator::from_pretrained(&checkpoint).unwrap();
+        let plain = Generator::builder(&checkpoint).kernels(Kernels::Candle).load().unwrap();
+        for case in &cases {
+            let found = [("batched", case.batched(&fused)), ("alone", case.alone(&fused)), ("in candle's operations", case.batched(&plain))];
+            wrong.extend(found.into_iter().filter_map(|(how, found)| Some(format!("{name}/{} {how}: {}", case.name, found.err()?))));
+        }
+        println!("{name}: {} cases", cases.len());
+    }
+    assert!(wrong.is_empty(), "{} differ from the reference:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+impl Case {
+    fn batched(&self, generator: &Generator) -> Result<(), String> {
+        let output = generator.generate_batch(self.rows(), &self.config()).map_err(|error| error.to_string())?;
+        self.check(generator, &output, 0)
+    }
+
+    fn alone(&self, generator: &Generator) -> Result<(), String> {
+        for (row, prompt) in self.rows().into_iter().enumerate() {
+            let output = generator.generate(prompt.clone(), &self.config()).map_err(|error| error.to_string())?;
+            self.check(generator, &output, row)?;
+            if self.trimmed.is_some() {
+                let stream = generator.stream(prompt, &self.config()).map_err(|error| error.to_string())?;
+                let text = stream.map(|piece| piece.map(|piece| piece.text)).collect::<Result<String, _>>();
+                same("streamed text", &text.map_err(|error| error.to_string())?, &self.trimmed.as_ref().unwrap()[row])?;
+            }
+        }
+        Ok(())
+    }
+
+    fn rows(&self) -> Vec<Prompt> {
+        match (&self.input_ids, &self.prompts) {
+            (Some(rows), None) => rows.iter().cloned().map(Prompt::from).collect(),
+            (None, Some(rows)) => rows.iter().map(|text| Prompt::from(text.as_str())).collect(),
+            _ => panic!("{}: exactly one of input_ids and prompts", self.name),
+        }
+    }
+
+    fn config(&self) -> GenerationConfig {
+        GenerationConfig::from_json(&self.generation_config).unwrap().output_scores(true).output_logits(true)
+    }
+
+    /// Compares an output whose first sequence is row `first` of the case.
+    fn check(&self, generator: &Generator, output: &Output, first: usize) -> Result<(), String> {
+        if first == 0 && output.sequences.len() > 1 {
+            same("number of sequences", &output.sequences.len(), &self.scores.len())?;
+        }
+        for (row, sequence) in (first..).zip(&output.sequences) {
+            self.check_row(generator, row, sequence).map_err(|reason| format!("row {row}: {reason}"))?;
+        }
+        Ok(())
+    }
+
+    fn check_row(&self, generator: &Generator, row: usize, sequence: &Sequence) -> Result<(), String> {
+        // What is drawn depends on the random numbers; the distribution of the first step does not.
+        if let (Some(sequences), Some(finish)) = (&self.sequences, &self.finish) {
+            same("tokens", &sequence.tokens, &sequences[row])?;
+            same("finish", &sequence.finish.as_str(), &finish[row].as_str())?;
+        }
+        if let (Some(texts), Some(trimmed)) = (&self.texts, &self.trimmed) {
+            same("text", &sequence.text, &trimmed[row])?;
+            let decoded = generator.tokenizer().unwrap().decode(&sequence.tokens, true).map_err(|error| error.to_string())?;
+            same("decoded tokens", &decoded, &texts[row])?;
+        }
+        let (scores, logits) = (sequence.scores.as_ref().ok_or("no scores")?, sequence.logits.as_ref().ok_or("no logits")?);
+        same("steps with scores", &scores.len(), &self.scores[row].len())?;
+        same("steps with logits", &logits.len(), &self.logits[row].len())?;
+        for (step, (ours, theirs)) in logits.iter().zip(&self.logits[row]).enumerate() {
+            check_top(ours, theirs).map_err(|reason| format!("logits of step {step}: {reason}"))?;
+        }
+        for (step, (ours, theirs)) in scores.iter().zip(&self.scores[row]).enumerate() {
+            let banned = |id: &usize| theirs.kept.as_ref().map_or_else(|| theirs.banned.contains(id), |kept| !kept.contains(id));
+            let expected: Vec<_> = (0..ours.len()).filter(banned).collect();
+            let found: Vec<_> = (0..ours.len()).filter(|&id| ours[id] == f32::NEG_INFINITY).collect();
+            same("banned ids", &found, &expected).map_err(|reason| format!("scores of step {step}: {reason}"))?;
+            check_top(ours, &theirs.top).map_err(|reason| format!("scores of step {step}: {reason}"))?;
+        }
+        Ok(())
+    }
+}
+
+/// The ids of `theirs` have the values given there, and no other id has a better one.
+fn check_top(ours: &[f32], theirs: &Top) -> Result<(), String> {
+    for &(id, value) in theirs {
+        let found = *ours.get(id).ok_or(format!("id {id} of a vocabulary of {}", ours.len()))?;
+        if !near(found, value) {
+            return Err(format!("id {id} has {found}, the reference {value}"));
+        }
+    }
+    let last = theirs.last().ok_or("the reference is empty")?.1;
+    match (0..ours.len()).find(|id| ours[*id] > last + TOLERANCE && theirs.iter().all(|(known, _)| known != id)) {
+        Some(id) => Err(format!("id {id} has {}, among the best, but not in the reference", ours[id])),
+        None => Ok(()),
+    }
+}
+
+fn near(a: f32, b: f32) -> bool {
+    a == b || (a - b).abs() <= TOLERANCE
+}
+
+fn same<T: PartialEq + std::fmt::Debug + ?Sized>(what: &str, ours: &T, theirs: &T) -> Result<(), String> {
+    if ours == theirs { Ok(()) } else { Err(format!("{what}: {ours:?}, the reference: {theirs:?}")) }
+}
+
+fn lines<T: DeserializeOwned>(path: &Path) -> Vec<T> {
+    let text = fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let parse = |(number, line)| serde_json::from_str(line).unwrap_or_else(|error| panic!("{}:{}: {error}", path.display(), number + 1));
+    text.lines().enumerate().map(parse).collect()
+}
+
+fn folders() -> Vec<PathBuf> {
+    let entries = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")).unwrap();
+    let mut folders: Vec<_> = entries.map(|entry| entry.unwrap().path()).filter(|path| path.join("cases.jsonl").is_file()).collect();
+    folders.sort();
+    folders
+}
+
+fn storyteller_folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/storyteller")
+}
+
+/// `llama-tied` belongs to `llama`.
+fn belongs(folder: &Path, family: &str) -> bool {
+    let name = folder.file_name().unwrap().to_string_lossy();
+    name.strip_prefix(family).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+}

@@ -1,0 +1,250 @@
+#!/usr/bin/env python3
+"""Makes the golden folders: tiny random checkpoints, and what transformers generates with them.
+
+    python3.11 -m venv oracle
+    oracle/bin/pip install transformers==5.23.0 torch==2.15.0 safetensors==0.8.0 numpy==2.4.6
+    oracle/bin/python tests/golden/make.py [folder ...]
+
+Every folder holds a checkpoint in Hugging Face's format and `cases.jsonl`, one request a line:
+
+    name               unique in the folder
+    input_ids          prompts as ids, or
+    prompts            prompts as text (storyteller only, whose checkpoint lies in examples/models)
+    generation_config  the request, in Hugging Face's fields
+    sequences          generated ids of each row; absent where they are drawn
+    finish             eos, length or stop_string, for each row
+    texts, trimmed     (storyteller) the ids decoded, and the same up to the stop string
+    scores             [row][step] {top, banned | kept}: the best processed scores as [id, value], and the ids at -inf
+                       or, where most are, those that are not
+    logits             [row][step] the best raw logits as [id, value]; the case `plain` has every id
+
+Rows are generated one by one, without padding. Everything is computed in f32 with eager attention on one thread, from
+the files as they lie there. A request is recorded only if
+
+ *  the two best scores of each greedy step are at least GAP apart (or exactly equal, in cases that say `ties`),
+ *  small noise on the logits changes neither tokens nor the set of banned ids,
+ *  leaving any of its fields out (but lengths, and those in `idle`) changes the outcome,
+ *  raw logits agree with one uncached pass in double precision over the whole sequence,
+ *  where nothing depends on padding, a left-padded batch gives the same,
+ *  where a few lines of numpy suffice to process the logits by hand, they give the same;
+
+otherwise the next prompt of the case's own random sequence is tried. Another CPU may change the last digits.
+
+A new family is one entry of FOLDERS, with the parameters' scales if its logits come out too even or too uneven.
+"""
+
+import copy
+import json
+import math
+import random
+import re
+import shutil
+import sys
+import warnings
+import zlib
+from pathlib import Path
+
+import torch
+import transformers
+from cases import SUITES
+from oracle import Oracle, record
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+VERSION = "5.23.0"
+HERE = Path(__file__).resolve().parent
+STORYTELLER = HERE.parents[1] / "examples" / "models" / "storyteller"
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+ROPE_LLAMA3 = dict(
+    rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+)
+GPT2 = dict(model_type="gpt2", vocab_size=101, n_embd=36, n_head=3, n_layer=2, n_positions=64, bos_token_id=100, eos_token_id=100)
+LLAMA = dict(
+    model_type="llama", vocab_size=112, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, rope_parameters=ROPE_LLAMA3, bos_token_id=1,
+    eos_token_id=[2, 3],
+)  # fmt: skip
+LLAMA_TIED = dict(
+    model_type="llama", vocab_size=105, hidden_size=36, intermediate_size=64, num_hidden_layers=2, num_attention_heads=3,
+    num_key_value_heads=3, max_position_embeddings=64, rms_norm_eps=1e-6, attention_bias=True, mlp_bias=True,
+    tie_word_embeddings=True, rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.0), bos_token_id=1,
+    eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+QWEN2 = dict(
+    model_type="qwen2", vocab_size=110, hidden_size=40, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-6, tie_word_embeddings=True, bos_token_id=1,
+    eos_token_id=2, rope_parameters=dict(rope_type="default", rope_theta=1000000.0),
+)  # fmt: skip
+QWEN2_WINDOW = QWEN2 | dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=3, tie_word_embeddings=False, use_sliding_window=True,
+    sliding_window=6, max_window_layers=1,
+)  # fmt: skip
+GEMMA2 = dict(
+    model_type="gemma2", vocab_size=107, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=12, query_pre_attn_scalar=20, sliding_window=8, attn_logit_softcapping=4.0,
+    final_logit_softcapping=9.0, max_position_embeddings=64, bos_token_id=2, eos_token_id=1, pad_token_id=0,
+    rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+)  # fmt: skip
+
+# What a family's random parameters look like: name pattern -> (mean, standard deviation). Matrices that no pattern
+# names get 1.6 / sqrt(inputs), so that activations keep their size and every layer matters.
+SCALES = {
+    "gpt2": [
+        (r"wte", 0, 0.3), (r"wpe", 0, 1.0), (r"ln_f.weight", 1.5, 0.2), (r"bias", 0, 0.1), (r"c_(attn|fc).weight", 0, 0.33),
+        (r"attn.c_proj.weight", 0, 0.5), (r"mlp.c_proj.weight", 0, 0.08),
+    ],
+    "llama": [(r"embed_tokens", 0, 0.7), (r"lm_head", 0, 0.5)],
+    "llama-tied": [(r"embed_tokens", 0, 0.5)],
+    "qwen2": [(r"embed_tokens", 0, 0.5)],
+    "qwen2-window": [(r"embed_tokens", 0, 0.7), (r"lm_head", 0, 0.5)],
+    "gemma2": [
+        (r"embed_tokens", 0, 0.18), (r"post_.*norm.weight", 4.0, 0.5), (r"model.norm.weight", 2.2, 0.2), (r"norm.weight", 0.0, 0.2),
+    ],
+}  # fmt: skip
+EVERYWHERE = [(r"(norm|ln_\w+).weight", 1.0, 0.2), (r"bias", 0.0, 0.3)]
+
+# folder -> how it is made: `config`, whose weights `of` another folder it has, `dtype` of the file, `old` for a
+# config.json with the keys of 4.x, `shards`, `published` names, the `suite` of requests, generation_config `file`, and
+# `matters`: settings of config.json that change the logits if replaced.
+FOLDERS = {
+    "gpt2": dict(config=GPT2, suite="full", published=True, matters=dict(n_head=6)),
+    "gpt2-bf16": dict(of="gpt2", dtype=torch.bfloat16),
+    "llama": dict(
+        config=LLAMA, suite="full",
+        matters=dict(rope_parameters=dict(rope_type="default", rope_theta=500.0), rms_norm_eps=1e-1),
+    ),
+    "llama-bf16": dict(of="llama", dtype=torch.bfloat16),
+    "llama-sharded": dict(of="llama", shards="50KB"),
+    "llama-4x": dict(of="llama", dtype=torch.bfloat16, old=True),
+    "llama-tied": dict(
+        config=LLAMA_TIED,
+        matters=dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0), attention_bias=False, mlp_bias=False),
+    ),
+    "llama-tied-4x": dict(of="llama-tied", dtype=torch.bfloat16, old=True),
+    "qwen2": dict(config=QWEN2, suite="full", matters=dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0))),
+    "qwen2-bf16": dict(of="qwen2", dtype=torch.bfloat16),
+    "qwen2-window": dict(
+        config=QWEN2_WINDOW, suite="sampling_file",
+        file=dict(do_sample=True, repetition_penalty=1.05, temperature=0.7, top_p=0.8, top_k=20, eos_token_id=[2, 3], pad_token_id=0),
+        matters=dict(sliding_window=7, layer_types=["full_attention"] * 3),
+    ),
+    "gemma2": dict(
+        config=GEMMA2, suite="full",
+        matters=dict(
+            attn_logit_softcapping=None, final_logit_softcapping=None, sliding_window=9, query_pre_attn_scalar=12,
+            layer_types=["full_attention"] * 3, hidden_activation="silu", rope_parameters=dict(rope_type="default", rope_theta=100.0),
+        ),
+    ),
+    "gemma2-bf16": dict(of="gemma2", dtype=torch.bfloat16),
+    "gemma2-4x": dict(of="gemma2", dtype=torch.bfloat16, old=True, file=dict(cache_implementation="hybrid")),
+}  # fmt: skip
+
+
+def make_checkpoint(name):
+    recipe = FOLDERS[name]
+    base = recipe.get("of", name)
+    settings = dict(FOLDERS[base]["config"])
+    config = AutoConfig.for_model(settings.pop("model_type"), **copy.deepcopy(settings))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fill(model, base)
+    dtype = recipe.get("dtype", torch.float32)
+    model.to(dtype)
+    model.config.dtype = dtype
+    special = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in settings}
+    model.generation_config = GenerationConfig(**(special | recipe.get("file", {})))
+
+    folder = HERE / name
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder, max_shard_size=recipe.get("shards", "1GB"))
+    if recipe.get("published"):
+        publish(folder, model)
+    if recipe.get("old"):
+        age(folder / "config.json")
+    for file in folder.iterdir():
+        file.chmod(0o644)
+
+
+def fill(model, base):
+    generator = torch.Generator().manual_seed(zlib.crc32(base.encode()))
+    scales = SCALES[base] + EVERYWHERE
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            inputs = parameter.shape[0 if "c_" in name else -1]  # GPT-2's Conv1D has its inputs first
+            mean, deviation = next((scale[1:] for scale in scales if re.search(scale[0], name)), (0, 1.6 / math.sqrt(inputs)))
+            parameter.copy_(mean + deviation * torch.randn(parameter.shape, generator=generator))
+
+
+def publish(folder, model):
+    """GPT-2's file as openai-community has it: no prefix, and the causal masks that old versions stored."""
+    path = folder / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+    positions = model.config.n_positions
+    for layer in range(model.config.n_layer):
+        tensors[f"h.{layer}.attn.bias"] = torch.tril(torch.ones(positions, positions)).view(1, 1, positions, positions)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def age(path):
+    """config.json with the keys of 4.x: nothing nested for plain rotary positions, `type` for scaled ones."""
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    config["rope_scaling"] = None if kind == "default" else {"rope_type" if kind == "llama3" else "type": kind, **rope}
+    config["torch_dtype"] = config.pop("dtype")
+    config["transformers_version"] = "4.43.0"
+    config.pop("layer_types", None)
+    if config["model_type"] == "llama":
+        config.pop("head_dim")
+        if config["num_key_value_heads"] == config["num_attention_heads"]:
+            config.pop("num_key_value_heads")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def sensitive(folder, oracle):
+    """Each setting in `matters` must change the logits, or the fixture could not tell whether it is honoured."""
+    ids = torch.tensor([random.Random(folder).choices(range(4, oracle.vocab - 1), k=40)])
+    with torch.no_grad():
+        logits = oracle.model(ids).logits
+        for key, value in FOLDERS[folder].get("matters", {}).items():
+            config = AutoConfig.from_pretrained(HERE / folder)
+            setattr(config, key, value)
+            other = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+            other.load_state_dict(oracle.model.state_dict(), strict=False)
+            change = (other(ids).logits - logits).abs().max().item()
+            assert change > 0.01, f"{folder}: {key} = {value} changes logits by {change}"
+
+
+def make(folder):
+    if folder == "storyteller":
+        (HERE / folder).mkdir(exist_ok=True)
+        oracle = Oracle(STORYTELLER, AutoTokenizer.from_pretrained(STORYTELLER))
+        suite = SUITES["story"]
+    else:
+        make_checkpoint(folder)
+        oracle = Oracle(HERE / folder)
+        sensitive(folder, oracle)
+        suite = SUITES[FOLDERS[folder].get("suite", "short")]
+    family = FOLDERS.get(folder, {}).get("of", folder)
+    lines = [record(oracle, family, case) for case in suite()]
+    (HERE / folder / "cases.jsonl").write_text("".join(line + "\n" for line in lines))
+    print(f"{folder}: {len(lines)} cases")
+
+
+def main(folders):
+    if transformers.__version__ != VERSION:
+        sys.exit(f"transformers {VERSION} is the reference, this is {transformers.__version__}")
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    for folder in folders or [*FOLDERS, "storyteller"]:
+        make(folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
