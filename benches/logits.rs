@@ -1,9 +1,6 @@
 //! Each processor alone, the usual sampling pipeline, and the draw, on vocabularies of 50k and 152k.
 
-use candle_generate::{
-    GenerationConfig, History, ModelInfo, Plan,
-    logits::{self, pick},
-};
+use candle_generate::{GenerationConfig, History, ModelInfo, Plan, logits::pick};
 use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_main};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -54,7 +51,7 @@ fn processors(criterion: &mut Criterion) {
             group.bench_function(BenchmarkId::new(name, vocab_size), |bencher| {
                 bencher.iter_batched_ref(
                     || scores.clone(),
-                    |scores| logits::run(&plan.processors, &history, scores).expect(name),
+                    |scores| plan.processors.iter().try_for_each(|processor| processor.process(&history, scores)).expect(name),
                     BatchSize::LargeInput,
                 );
             });

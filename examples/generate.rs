@@ -33,7 +33,7 @@ struct Cli {
     #[arg(long, default_value_t = 1.1)]
     repetition_penalty: f64,
     /// The same seed tells the same story again
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 2)]
     seed: u64,
     /// Always take the likeliest token
     #[arg(long, conflicts_with_all = ["temperature", "top_p", "top_k", "num_return_sequences"])]

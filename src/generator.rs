@@ -4,7 +4,7 @@ use crate::{
     config::GenerationConfig,
     error::{Error, Result},
     memory::Memory,
-    model::Model,
+    model::{Context, Model},
     models::{self, Kernels, LoadOptions},
     output::Output,
     plan::{Explanation, Plan},
@@ -52,12 +52,7 @@ impl Generator {
 
     /// As [`Generator::from_pretrained`], with options.
     pub fn builder(folder: impl AsRef<Path>) -> Builder {
-        Builder {
-            folder: folder.as_ref().to_owned(),
-            options: LoadOptions::default(),
-            memory_limit: None,
-            batch_tokens: BATCH_TOKENS,
-        }
+        Builder { folder: folder.as_ref().to_owned(), options: LoadOptions::default(), memory_limit: None, batch_tokens: BATCH_TOKENS }
     }
 
     /// Generates with a model of one's own. Without a tokenizer, prompts are ids and results have no text.
@@ -100,9 +95,15 @@ impl Generator {
     /// What a call with this config will do: mode, processors in order, where each value came from, memory for one prompt.
     pub fn explain(&self, config: &GenerationConfig) -> Result<Explanation> {
         let plan = self.plan(config)?;
-        let memory = Memory::new(&plan, self.model().info(), 1, 1);
+        let info = self.model().info();
+        let memory = Memory::new(&plan, info, 1, 1);
         let mut explanation = plan.explanation;
-        explanation.notes.push(format!("memory for a one-token prompt: {memory}"));
+        explanation.notes.push(format!("memory for a prompt of one token: {memory}"));
+        explanation.notes.extend(match info.context {
+            Context::Unlimited => None,
+            Context::Soft(len) => Some(format!("the model was made for {len} positions; a longer row runs on, with no promise of sense")),
+            Context::Hard(len) => Some(format!("the model has {len} positions; a call that needs more is refused")),
+        });
         Ok(explanation)
     }
 

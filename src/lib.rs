@@ -35,3 +35,7 @@ pub use progress::{OnProgress, Progress, Stage};
 pub use run::Stream;
 pub use stop::{CancelToken, StoppingCriteria};
 pub use text::{Message, Messages, Prompt, Tokenizer};
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -133,7 +133,7 @@ pub enum Context {
 
 impl Context {
     /// The number of positions the model was made for, where it has one.
-    pub fn len(self) -> Option<usize> {
+    pub fn positions(self) -> Option<usize> {
         match self {
             Self::Unlimited => None,
             Self::Soft(len) | Self::Hard(len) => Some(len),

@@ -1,7 +1,8 @@
 //! What a user sees on a real model: stopping, text, records, processors of one's own, memory, progress.
 
 use candle_generate::{
-    FinishReason, GenerationConfig, Generator, History, LogitsProcessor, Message, OnProgress, Result, Stage, logits::PenaltyScope,
+    FinishReason, GenerationConfig, Generator, History, LogitsProcessor, Message, OnProgress, Result, Stage, config::Boost,
+    logits::PenaltyScope,
 };
 use std::{
     ops::ControlFlow,
@@ -116,7 +117,7 @@ fn bad_words_as_strings_cover_both_spellings() {
 
 #[test]
 fn keywords_are_raised_until_produced() {
-    let config = greedy(40).keyword_boost(["dragon", "river"]);
+    let config = greedy(40).keyword_boost(Boost { bias: 12.0, ..Boost::new(["dragon", "river"]) });
     let output = STORYTELLER.generate(PROMPT, &config).unwrap();
     let sequence = &output.sequences[0];
     assert_eq!(sequence.keywords.len(), 2);
@@ -156,7 +157,7 @@ impl LogitsProcessor for Only {
 
 #[test]
 fn processors_and_prefix_functions_of_ones_own() {
-    let output = STORYTELLER.generate(PROMPT, &greedy(3).logits_processor(Arc::new(Only(600)))).unwrap();
+    let output = STORYTELLER.generate(PROMPT, &greedy(3).logits_processor(Only(600))).unwrap();
     assert_eq!(output.tokens(), [600, 600, 600]);
     let alternate = |_: usize, ids: &[u32]| if ids.len() % 2 == 0 { vec![500] } else { vec![501] };
     let output = STORYTELLER.generate(PROMPT, &greedy(4).prefix_allowed_tokens_fn(alternate)).unwrap();
@@ -173,7 +174,7 @@ fn draws_follow_the_processed_distribution() {
     let recipes = [
         GenerationConfig::sampling().top_k(12),
         GenerationConfig::sampling().temperature(2.0).top_k(8),
-        GenerationConfig::sampling().top_k(0).top_p(0.8).typical_p(0.9),
+        GenerationConfig::sampling().temperature(3.0).top_k(0).top_p(0.8).typical_p(0.7),
     ];
     for config in recipes {
         let config = config.max_new_tokens(1).seed(5);

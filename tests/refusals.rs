@@ -1,7 +1,7 @@
 //! Bad input: each is a clear error that names the field or the file, before anything is computed or allocated.
 
 use candle_generate::{
-    Cache, Error, Feed, Forward, GenerationConfig, Generator, Model, ModelInfo, Prompt, Result, Room, Want, candle_core::DType,
+    Cache, Error, Feed, Forward, GenerationConfig, Generator, Model, ModelInfo, Prompt, Result, Start, Want, candle_core::DType,
 };
 use std::{
     fs,
@@ -50,7 +50,7 @@ fn prompts() {
 #[test]
 fn a_position_table_that_is_too_short() {
     let generator = generator("gpt2");
-    let limit = generator.model().info().context.len().unwrap();
+    let limit = generator.model().info().context.positions().unwrap();
     let config = GenerationConfig::greedy().max_new_tokens(limit);
     refused(generator.generate(vec![5, 6, 7], &config), "prompt", &[&limit.to_string(), &(limit - 3).to_string()]);
     let fits = GenerationConfig::greedy().max_new_tokens(limit - 3).min_new_tokens(limit - 3);
@@ -88,6 +88,10 @@ fn a_billion_tokens_allocate_nothing() {
     assert!(memory.cache > 1_000_000_000 && memory.total() > memory.cache);
     let limited = Generator::builder(golden("llama")).memory_limit(memory.weights + 1_000_000).load().unwrap();
     refused(limited.generate(vec![5, 6, 7], &config), "memory", &["limit", &(memory.weights + 1_000_000).to_string()]);
+    let rows = GenerationConfig::sampling().max_new_tokens(2).num_return_sequences(1_000_000_000_000usize);
+    refused(generator.generate(vec![5, 6, 7], &rows), "config", &["num_return_sequences"]);
+    let reserved = config.cache_implementation("static").max_new_tokens(1_000_000_000_000usize);
+    refused(generator.generate(vec![5, 6, 7], &reserved), "config", &["max_cache_len", "memory"]);
     let fixed = GenerationConfig::greedy().max_new_tokens(8).cache_implementation("static");
     refused(generator.generate(vec![5, 6, 7], &fixed.max_cache_len(4)), "config", &["max_cache_len", "4"]);
 }
@@ -125,7 +129,7 @@ fn damaged_checkpoints() {
     let mut lying = weights.clone();
     lying[..8].copy_from_slice(&u64::MAX.to_le_bytes());
     refused(build(&plain, Some(&lying)).1, "load", &["model.safetensors"]);
-    refused(Generator::builder(&source).dtype(DType::U8).load(), "config", &["dtype", "U8"]);
+    refused(Generator::builder(&source).dtype(DType::U8).load(), "config", &["dtype", "u8"]);
 }
 
 /// A model whose logits are all the same value.
@@ -138,8 +142,8 @@ impl Model for Flat {
         &self.0
     }
 
-    fn start(&self, sources: &[&[u32]], _: Room) -> Result<Vec<Box<dyn Cache>>> {
-        Ok(sources.iter().map(|_| Box::new(Count(0)) as Box<dyn Cache>).collect())
+    fn start(&self, rows: &[Start<'_>]) -> Result<Vec<Box<dyn Cache>>> {
+        Ok(rows.iter().map(|_| Box::new(Count(0)) as Box<dyn Cache>).collect())
     }
 
     fn forward(&self, rows: &mut [Feed<'_>], _: Want) -> Result<Forward> {

@@ -6,7 +6,7 @@ mod strategy;
 mod value;
 
 pub use strategy::Strategy;
-pub use value::{Boost, DolaLayers, EarlyStopping, Int, OneOrMany};
+pub use value::{Boost, DolaLayers, EarlyStopping, Int, OneOrMany, Seed};
 
 use crate::{
     error::Problem,
@@ -180,7 +180,7 @@ fields! {
     /// Drops tokens below a probability that depends on the entropy.
     eta_cutoff: f64,
     /// The seed of the first row; the other rows' are derived from it.
-    seed: u64,
+    seed: u64 as Seed,
     /// One seed for each row of the call. Wins over `seed`.
     seeds: Vec<u64>,
 

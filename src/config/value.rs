@@ -9,6 +9,10 @@ use serde_json::{Value, json};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Int(i64);
 
+/// A seed: what a setter takes, so that a plain `7` is one. Negative numbers are taken bit for bit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seed(u64);
+
 /// One value or a list, kept in the form in which it was given.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
@@ -185,6 +189,24 @@ impl Field for Vec<Vec<Vec<u32>>> {
 impl From<bool> for EarlyStopping {
     fn from(value: bool) -> Self {
         Self::When(value)
+    }
+}
+
+impl From<Seed> for u64 {
+    fn from(value: Seed) -> Self {
+        value.0
+    }
+}
+
+impl From<u64> for Seed {
+    fn from(value: u64) -> Self {
+        Self(value)
+    }
+}
+
+impl From<i32> for Seed {
+    fn from(value: i32) -> Self {
+        Self(value as u64)
     }
 }
 

@@ -146,7 +146,7 @@ impl<O: Ops> Model for Decoder<O> {
             return Ok(Forward::Nothing);
         }
 
-        let forward = self.compute(&ids, &positions, &wanted, &mut spans)?;
+        let forward = self.ops.pass(|| self.compute(&ids, &positions, &wanted, &mut spans))?;
         // Only now, so that a pass that fails leaves every cache as it was.
         for span in spans {
             span.store.grow(span.count);
@@ -174,7 +174,7 @@ fn ends(spec: &DecoderSpec, weights: &Weights) -> Result<(&'static str, Option<&
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use crate::model::{Feed, Room, Want};
+    use crate::model::{Feed, Start, Want};
     use crate::models::{LoadOptions, load, tiny};
     use safetensors::Dtype;
 
@@ -189,7 +189,7 @@ mod tests {
         change(&mut tensors);
         tiny::save(&folder.path().join("model.safetensors"), &tensors, Dtype::F32);
         let model = load(folder.path(), &LoadOptions::default()).unwrap();
-        let mut cache = model.start(&[&[]], Room::Grow).unwrap().remove(0);
+        let mut cache = model.start(&[Start::default()]).unwrap().remove(0);
         model.forward(&mut [Feed { tokens: &[1, 2, 3], cache: &mut *cache }], Want::Last).unwrap().into_host().unwrap()
     }
 

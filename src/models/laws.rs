@@ -4,8 +4,8 @@
 use super::{decoder::Decoder, families, fields::Fields, tiny, weights::Weights};
 use crate::{
     error::Error,
-    kernels::{Ops, candle::CandleOps},
-    model::{Cache, Context, Feed, Forward, Model, ModelInfo, Room, Want},
+    kernels::{Ops, candle::CandleOps, cpu::CpuOps},
+    model::{Cache, Context, Feed, Forward, Model, ModelInfo, Room, Start, Want},
 };
 use candle_core::{DType, Device};
 use std::path::Path;
@@ -24,7 +24,7 @@ fn cases() -> impl Iterator<Item = Case> {
     tiny::FAMILIES.into_iter().flat_map(|family| {
         let folder = tiny::folder(family);
         let case = |model, tolerance| Case { name: family.to_owned(), model, tolerance };
-        [case(open(CandleOps::new(Device::Cpu, DType::F32), folder.path()), 2e-5)]
+        [case(open(CandleOps::new(Device::Cpu, DType::F32), folder.path()), 2e-5), case(open(CpuOps::new(), folder.path()), 0.0)]
     })
 }
 
@@ -36,7 +36,7 @@ fn open<O: Ops>(ops: O, folder: &Path) -> Box<dyn Model> {
 
 impl Case {
     fn start(&self, room: Room) -> Box<dyn Cache> {
-        self.model.start(&[&[]], room).unwrap().remove(0)
+        self.model.start(&[Start { room, ..Start::default() }]).unwrap().remove(0)
     }
 
     fn feed(&self, cache: &mut Box<dyn Cache>, tokens: &[u32], want: Want) -> Vec<f32> {
@@ -215,7 +215,7 @@ fn a_cache_of_another_model_is_refused() {
         let folder = tiny::folder(family);
         open(CandleOps::new(Device::Cpu, DType::F32), folder.path())
     });
-    let mut cache = gpt2.start(&[&[]], Room::Grow).unwrap().remove(0);
+    let mut cache = gpt2.start(&[Start::default()]).unwrap().remove(0);
     let forward = llama.forward(&mut [Feed { tokens: &[1], cache: &mut *cache }], Want::Last);
     assert!(matches!(forward, Err(Error::Unsupported(_))));
 }

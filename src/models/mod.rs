@@ -14,8 +14,9 @@ pub(crate) mod tiny;
 mod weights;
 
 use crate::{
+    cache::{PAGE, Pages},
     error::{Error, Result},
-    kernels::{StoreShape, candle::CandleOps},
+    kernels::{candle::CandleOps, cpu::CpuOps},
     model::{Model, ModelInfo},
     progress::OnProgress,
 };
@@ -76,12 +77,20 @@ pub fn load(folder: impl AsRef<Path>, options: &LoadOptions) -> Result<Arc<dyn M
 
 /// The one place where the operations are chosen.
 fn build(spec: &DecoderSpec, weights: &Weights, dtype: DType, options: &LoadOptions) -> Result<Arc<dyn Model>> {
-    let LoadOptions { device, progress, .. } = options;
-    let StoreShape { layers, kv_heads, head_dim } = spec.shape();
-    let position_bytes = (2 * layers * kv_heads * head_dim * dtype.size_in_bytes()) as u64;
-    let info = ModelInfo { device: device.clone(), dtype, position_bytes, ..ModelInfo::new(spec.family, spec.vocab) };
-    let ops = CandleOps::new(device.clone(), dtype);
-    Ok(Arc::new(Decoder::load(ops, info, spec, weights, progress.as_ref())?))
+    let LoadOptions { device, kernels, progress, .. } = options;
+    let (shape, progress) = (spec.shape(), progress.as_ref());
+    let info = ModelInfo { device: device.clone(), dtype, ..ModelInfo::new(spec.family, spec.vocab) };
+    Ok(match (device, dtype, kernels) {
+        (Device::Cpu, DType::F32, Kernels::Auto) => {
+            let info = ModelInfo { page: PAGE, position_bytes: Pages::position_bytes(shape), ..info };
+            Arc::new(Decoder::load(CpuOps::new(), info, spec, weights, progress)?)
+        }
+        _ => {
+            let values = 2 * shape.layers * shape.kv_heads * shape.head_dim;
+            let info = ModelInfo { position_bytes: (values * dtype.size_in_bytes()) as u64, ..info };
+            Arc::new(Decoder::load(CandleOps::new(device.clone(), dtype), info, spec, weights, progress)?)
+        }
+    })
 }
 
 #[cfg(test)]
@@ -89,7 +98,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::{
-        model::{Context, Feed, Room, Want},
+        model::{Context, Feed, Start, Want},
         progress::{Progress, Stage},
     };
     use safetensors::Dtype;
@@ -110,7 +119,7 @@ mod tests {
         let model = load(STORYTELLER, &LoadOptions::default()).unwrap();
         let vocab = model.info().vocab_size;
         let sources: Vec<&[u32]> = references.iter().map(|reference| &reference.input_ids[..]).collect();
-        let mut caches = model.start(&sources, Room::Grow).unwrap();
+        let mut caches = model.start(&vec![Start::default(); sources.len()]).unwrap();
         let mut tokens: Vec<Vec<u32>> = references.iter().map(|reference| reference.input_ids.clone()).collect();
         let mut outputs = vec![Vec::new(); references.len()];
         // Without optimisation the whole of it takes half a minute.
@@ -156,7 +165,7 @@ mod tests {
             let logits = |file, dtype| {
                 let folder = tiny::write(&tiny::config(family), file);
                 let model = load(folder.path(), &LoadOptions { dtype: Some(dtype), ..LoadOptions::default() }).unwrap();
-                let mut cache = model.start(&[&[]], Room::Grow).unwrap().remove(0);
+                let mut cache = model.start(&[Start::default()]).unwrap().remove(0);
                 let mut feed = [Feed { tokens: &[5, 6, 7, 8, 9, 10], cache: &mut *cache }];
                 model.forward(&mut feed, Want::Last).unwrap().into_host().unwrap()
             };

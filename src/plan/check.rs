@@ -5,7 +5,7 @@ use crate::{
     config::{GenerationConfig, OneOrMany, Strategy},
     error::{Error, Problem, Result},
     model::ModelInfo,
-    text::Tokenizer,
+    text::{StopStrings, Tokenizer},
 };
 use serde_json::json;
 use std::{collections::HashSet, fmt::Display, time::Duration};
@@ -145,7 +145,7 @@ impl<'a> Check<'a> {
             // HF: wins over max_length even where max_length is the call's and this the model's.
             Length::New(self.whole("max_new_tokens", Some(value), 1).unwrap_or(1))
         } else if self.merged.origin("max_length") == Origin::Default {
-            Length::Unset { context: self.info.context.len() }
+            Length::Unset { context: self.info.context.positions() }
         } else {
             Length::Total(self.whole("max_length", self.config.max_length, 1).unwrap_or(1))
         }
@@ -163,10 +163,8 @@ impl<'a> Check<'a> {
         if strings.iter().any(String::is_empty) {
             self.refuse("stop_strings", json!(strings), "accepted are strings that are not empty");
         }
-        match StopStrings::new(strings.iter().filter(|text| !text.is_empty()), self.config.include_stop_string == Some(true)) {
-            Ok(stops) => stops,
-            Err(_) => StopStrings::default(),
-        }
+        let filled = strings.iter().filter(|text| !text.is_empty());
+        StopStrings::new(filled, self.config.include_stop_string == Some(true)).unwrap_or_default()
     }
 
     // HF: 0 ends rows with their first token there, and here too; a negative time does the same there.

@@ -100,7 +100,7 @@ fn notes(merged: &Merged, info: &ModelInfo, eos: &[u32]) -> Vec<String> {
     let config = &merged.config;
     let mut notes = Vec::new();
     if config.max_new_tokens.is_none() && merged.origin("max_length") == Origin::Default {
-        let limit = info.context.len().map(|len| format!(", within the model's {len} positions")).unwrap_or_default();
+        let limit = info.context.positions().map(|len| format!(", within the model's {len} positions")).unwrap_or_default();
         notes.push(format!("neither max_new_tokens nor max_length is set: 20 tokens are generated{limit}"));
     }
     let unreachable = match (config.min_new_tokens, config.min_length, config.max_new_tokens, config.max_length) {

@@ -7,7 +7,6 @@ use crate::{
     error::{Error, Result},
     logits,
     model::{Feed, Model, Room, Start, Want},
-    output::FinishReason,
     plan::Plan,
     rows::Row,
 };
@@ -74,16 +73,12 @@ impl Turn<'_> {
         if self.plan.use_cache {
             return Ok(());
         }
-        let starts: Vec<_> = self.rows.iter().map(|row| Start { source: row.source.as_deref().unwrap_or_default(), room: Room::Grow }).collect();
+        let starts: Vec<_> =
+            self.rows.iter().map(|row| Start { source: row.source.as_deref().unwrap_or_default(), room: Room::Grow }).collect();
         let caches = self.model.start(&starts)?;
         for (row, cache) in self.rows.iter_mut().zip(caches) {
             row.cache = cache;
         }
         Ok(())
     }
-}
-
-/// Ends every row for a reason from outside.
-pub fn end(rows: &mut [Row], reason: FinishReason) -> Result<()> {
-    rows.iter_mut().try_for_each(|row| row.end(reason))
 }

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use std::{cmp::Reverse, sync::Arc};
 
 /// The strings that end a row, compiled. A clone shares them.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct StopStrings {
     needles: Arc<[Needle]>,
     include: bool,

@@ -1,10 +1,13 @@
 //! One source, compiled for each instruction set: the same operations in the same order, so the same bits.
 //!
-//! Kernels are plain loops over sixteen lanes with [`f32::mul_add`], which the compiler turns into full vectors. They are
-//! `#[inline(always)]` down from [`Task::run`], or they would be compiled for the baseline.
+//! Functions of single values are plain loops, which the compiler turns into full vectors. Products name their vectors
+//! ([`Isa::Lanes`]), as that is where it cannot be trusted to. All of it is `#[inline(always)]` down from [`Task::run`],
+//! or it would be compiled for the baseline.
 
 use super::line::LANES;
-use half::f16;
+#[cfg(target_arch = "x86_64")]
+use super::x86;
+use half::{bf16, f16};
 
 /// Work to be compiled for each instruction set.
 pub(super) trait Task {
@@ -14,10 +17,18 @@ pub(super) trait Task {
     fn run<I: Isa>(self, isa: I) -> Self::Out;
 }
 
-/// What an instruction set has that the compiler does not find by itself.
+/// Sixteen f32 values in registers, and what products do with them.
 pub(crate) trait Isa: Copy {
-    /// Widens sixteen f16 values.
-    fn halves(self, bits: &[u16; LANES]) -> [f32; LANES];
+    type Lanes: Copy;
+
+    fn load(self, values: &[f32; LANES]) -> Self::Lanes;
+    fn store(self, lanes: Self::Lanes, to: &mut [f32; LANES]);
+    /// `lanes * x + sum` in every lane, rounded once.
+    fn mul_add(self, lanes: Self::Lanes, x: f32, sum: Self::Lanes) -> Self::Lanes;
+    /// Widens bf16 values.
+    fn brains(self, bits: &[u16; LANES]) -> Self::Lanes;
+    /// Widens f16 values.
+    fn halves(self, bits: &[u16; LANES]) -> Self::Lanes;
 }
 
 /// An instruction set that this processor has.
@@ -82,44 +93,34 @@ impl Level {
 struct Portable;
 
 impl Isa for Portable {
+    type Lanes = [f32; LANES];
+
+    #[inline(always)]
+    fn load(self, values: &[f32; LANES]) -> [f32; LANES] {
+        *values
+    }
+
+    #[inline(always)]
+    fn store(self, lanes: [f32; LANES], to: &mut [f32; LANES]) {
+        *to = lanes;
+    }
+
+    #[inline(always)]
+    fn mul_add(self, lanes: [f32; LANES], x: f32, mut sum: [f32; LANES]) -> [f32; LANES] {
+        for (sum, lane) in sum.iter_mut().zip(lanes) {
+            *sum = lane.mul_add(x, *sum);
+        }
+        sum
+    }
+
+    #[inline(always)]
+    fn brains(self, bits: &[u16; LANES]) -> [f32; LANES] {
+        bits.map(|bits| bf16::from_bits(bits).to_f32())
+    }
+
     #[inline(always)]
     fn halves(self, bits: &[u16; LANES]) -> [f32; LANES] {
         bits.map(|bits| f16::from_bits(bits).to_f32())
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use super::{Isa, LANES, Task};
-    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm256_cvtph_ps, _mm256_storeu_ps};
-
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn avx2<T: Task>(task: T) -> T::Out {
-        task.run(F16c(()))
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    pub(super) fn avx512<T: Task>(task: T) -> T::Out {
-        task.run(F16c(()))
-    }
-
-    /// Made only where F16C is enabled.
-    #[derive(Clone, Copy)]
-    struct F16c(());
-
-    impl Isa for F16c {
-        #[inline(always)]
-        fn halves(self, bits: &[u16; LANES]) -> [f32; LANES] {
-            let mut wide = [0.0; LANES];
-            let (from, to) = (bits.as_ptr().cast::<__m128i>(), wide.as_mut_ptr());
-            // SAFETY: the two loads and stores of 8 values cover the two arrays of 16, unaligned access is allowed, and
-            // F16C is there: `F16c` is made only under `#[target_feature]`.
-            unsafe {
-                _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(from)));
-                _mm256_storeu_ps(to.add(8), _mm256_cvtph_ps(_mm_loadu_si128(from.add(1))));
-            }
-            wide
-        }
     }
 }
 
@@ -136,24 +137,28 @@ pub(super) mod tests {
         levels
     }
 
-    struct Halves([u16; LANES]);
+    struct Widen([u16; LANES]);
 
-    impl Task for Halves {
-        type Out = [f32; LANES];
+    impl Task for Widen {
+        type Out = [[f32; LANES]; 2];
 
         #[inline(always)]
         fn run<I: Isa>(self, isa: I) -> Self::Out {
-            isa.halves(&self.0)
+            let mut out = [[0.0; LANES]; 2];
+            isa.store(isa.brains(&self.0), &mut out[0]);
+            isa.store(isa.halves(&self.0), &mut out[1]);
+            out
         }
     }
 
     #[test]
-    fn every_f16_widens_alike() {
+    fn every_16_bit_value_widens_alike() {
         for level in vectorised() {
             for first in (0..=u16::MAX).step_by(LANES) {
                 let bits = std::array::from_fn(|i| first + i as u16);
-                let (ours, theirs) = (level.run(Halves(bits)), bits.map(|bits| f16::from_bits(bits).to_f32()));
-                assert!(ours.iter().zip(theirs).all(|(a, b)| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan()), "{level:?} {first}");
+                let (ours, theirs) = (level.run(Widen(bits)), Level::PORTABLE.run(Widen(bits)));
+                let mut pairs = ours.as_flattened().iter().zip(theirs.as_flattened());
+                assert!(pairs.all(|(a, b)| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan()), "{level:?} {first}");
             }
         }
     }

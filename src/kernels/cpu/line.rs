@@ -29,7 +29,7 @@ pub(crate) trait Line: Copy + Send + Sync {
     /// Copies values from `bytes`, little-endian of `dtype`: lane `lane` of line `i` comes from byte `start + i * stride`.
     fn fill(lines: &mut [Self], lane: usize, dtype: DType, bytes: &[u8], start: usize, stride: usize);
     fn get(&self, lane: usize) -> f32;
-    fn widen<I: Isa>(&self, isa: I) -> [f32; LANES];
+    fn widen<I: Isa>(&self, isa: I) -> I::Lanes;
 }
 
 impl Line for F32 {
@@ -49,8 +49,8 @@ impl Line for F32 {
     }
 
     #[inline(always)]
-    fn widen<I: Isa>(&self, _: I) -> [f32; LANES] {
-        self.0
+    fn widen<I: Isa>(&self, isa: I) -> I::Lanes {
+        isa.load(&self.0)
     }
 }
 
@@ -66,12 +66,8 @@ impl Line for Bf16 {
     }
 
     #[inline(always)]
-    fn widen<I: Isa>(&self, _: I) -> [f32; LANES] {
-        let mut wide = [0.0; LANES];
-        for (wide, &bits) in wide.iter_mut().zip(&self.0) {
-            *wide = f32::from_bits(u32::from(bits) << 16);
-        }
-        wide
+    fn widen<I: Isa>(&self, isa: I) -> I::Lanes {
+        isa.brains(&self.0)
     }
 }
 
@@ -87,7 +83,7 @@ impl Line for F16 {
     }
 
     #[inline(always)]
-    fn widen<I: Isa>(&self, isa: I) -> [f32; LANES] {
+    fn widen<I: Isa>(&self, isa: I) -> I::Lanes {
         isa.halves(&self.0)
     }
 }

@@ -9,6 +9,8 @@ mod pointwise;
 mod rope;
 mod threads;
 mod tile;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use super::{Activation, Attention, Matrix, Norm, Ops, Rope, Span, StoreShape};
 use crate::{
@@ -145,4 +147,48 @@ fn noise(count: usize, seed: u64) -> Vec<f32> {
         (state >> 40) as f32 / 8_388_608.0 - 1.0
     };
     (0..count).map(step).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use candle_core::DType;
+
+    #[test]
+    fn a_pass_goes_from_ids_to_logits() {
+        let ops = CpuOps::new();
+        // Rows 1 0, 0 2 and 3 3 of a tied table.
+        let bytes: Vec<u8> = [1.0f32, 0.0, 0.0, 2.0, 3.0, 3.0].iter().flat_map(|x| x.to_le_bytes()).collect();
+        let table = ops.weight(&[Matrix { bytes: &bytes, dtype: DType::F32, outputs: 3, inputs: 2, transposed: false }], None).unwrap();
+        assert_eq!(ops.weight_bytes(&table), 16 * 2 * 4);
+        let logits = ops.pass(|| {
+            let x = ops.embed(&table, &[2, 0, 1]).unwrap();
+            let x = ops.add(ops.scale(x.clone(), 10.0).unwrap(), &x).unwrap();
+            let x = ops.select(&x, &[2, 0]).unwrap();
+            [None, Some(50.0)].map(|cap| ops.logits(&table, &x, cap).unwrap().into_host().unwrap())
+        });
+        assert_eq!(logits[0], [0.0, 44.0, 66.0, 33.0, 66.0, 198.0]);
+        for (capped, logit) in logits[1].iter().zip(&logits[0]) {
+            assert!((capped - 50.0 * (logit / 50.0).tanh()).abs() < 1e-5);
+        }
+    }
+
+    #[test]
+    fn a_plain_mlp_can_be_activated() {
+        let x = Act { data: vec![-1.0, 2.0, -3.0, 4.0], width: 2 };
+        let ops = CpuOps::new();
+        assert_eq!(ops.activate(Activation::Relu, x.clone()).unwrap(), Act { data: vec![0.0, 2.0, 0.0, 4.0], width: 2 });
+        assert_eq!(ops.gate(Activation::Relu, x).unwrap(), Act { data: vec![0.0, 0.0], width: 1 });
+    }
+
+    #[test]
+    fn a_full_store_refuses_by_name() {
+        let ops = CpuOps::new();
+        let mut store = ops.store(StoreShape { layers: 1, kv_heads: 1, head_dim: 2 }, Room::Reserve(1)).unwrap();
+        let attention = Attention { heads: 1, kv_heads: 1, head_dim: 2, scale: 1.0, softcap: None, window: None };
+        let qkv = Act { data: vec![0.5; 12], width: 6 };
+        let error = ops.attend(&attention, 0, qkv, None, &mut [Span { first: 0, count: 2, store: &mut store }]).unwrap_err();
+        assert_eq!(error.to_string(), "invalid generation config: max_cache_len = 1: 2 positions are needed");
+    }
 }

@@ -24,30 +24,44 @@ impl<L: Line, const R: usize, const C: usize> Task for Tile<'_, L, R, C> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) -> Sums<R, C> {
-        let mut sums = self.sums;
+        // Loops, not closures: those would be compiled for the baseline where they are not inlined.
+        let mut sums = [[isa.load(&self.sums[0][0]); C]; R];
+        for (sums, from) in sums.iter_mut().zip(&self.sums) {
+            for (sum, from) in sums.iter_mut().zip(from) {
+                *sum = isa.load(from);
+            }
+        }
         let mut at = 0;
         for panels in self.steps {
             let inputs = panels[0].len();
             // All of one length, so that no access below is checked.
-            let panels = panels.map(|panel| &panel[..inputs]);
-            let rows = self.rows.map(|row| &row[at..at + inputs]);
+            let (mut panels, mut rows) = (*panels, self.rows);
+            for panel in &mut panels {
+                *panel = &panel[..inputs];
+            }
+            for row in &mut rows {
+                *row = &row[at..at + inputs];
+            }
             for i in 0..inputs {
-                let mut lines = [[0.0; LANES]; C];
-                for c in 0..C {
+                let mut lines = [panels[0][i].widen(isa); C];
+                for c in 1..C {
                     lines[c] = panels[c][i].widen(isa);
                 }
                 for r in 0..R {
-                    let x = rows[r][i];
                     for c in 0..C {
-                        for j in 0..LANES {
-                            sums[r][c][j] = lines[c][j].mul_add(x, sums[r][c][j]);
-                        }
+                        sums[r][c] = isa.mul_add(lines[c], rows[r][i], sums[r][c]);
                     }
                 }
             }
             at += inputs;
         }
-        sums
+        let mut out = self.sums;
+        for (sums, to) in sums.iter().zip(&mut out) {
+            for (sum, to) in sums.iter().zip(to) {
+                isa.store(*sum, to);
+            }
+        }
+        out
     }
 }
 

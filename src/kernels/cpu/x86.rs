@@ -1,0 +1,110 @@
+//! The vectors of x86-64: AVX2 with FMA and F16C, and AVX-512.
+
+use super::{
+    isa::{Isa, Task},
+    line::LANES,
+};
+use std::arch::x86_64::*;
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn avx2<T: Task>(task: T) -> T::Out {
+    task.run(Avx2(()))
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+pub(super) fn avx512<T: Task>(task: T) -> T::Out {
+    task.run(Avx512(()))
+}
+
+/// Made only where AVX2, FMA and F16C are enabled.
+#[derive(Clone, Copy)]
+struct Avx2(());
+
+/// Made only where AVX-512 F is enabled.
+#[derive(Clone, Copy)]
+struct Avx512(());
+
+impl Isa for Avx2 {
+    type Lanes = [__m256; 2];
+
+    #[inline(always)]
+    fn load(self, values: &[f32; LANES]) -> [__m256; 2] {
+        let from = values.as_ptr();
+        // SAFETY: AVX is there, as `Avx2` is; the two loads of 8 values cover the array of 16 and need no alignment.
+        unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
+    }
+
+    #[inline(always)]
+    fn store(self, [low, high]: [__m256; 2], to: &mut [f32; LANES]) {
+        let to = to.as_mut_ptr();
+        // SAFETY: AVX is there, as `Avx2` is; the two stores of 8 values cover the array of 16 and need no alignment.
+        unsafe {
+            _mm256_storeu_ps(to, low);
+            _mm256_storeu_ps(to.add(8), high);
+        }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, [low, high]: [__m256; 2], x: f32, sum: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: AVX and FMA are there, as `Avx2` is.
+        unsafe {
+            let x = _mm256_set1_ps(x);
+            [_mm256_fmadd_ps(low, x, sum[0]), _mm256_fmadd_ps(high, x, sum[1])]
+        }
+    }
+
+    #[inline(always)]
+    fn brains(self, bits: &[u16; LANES]) -> [__m256; 2] {
+        let from = bits.as_ptr().cast::<__m128i>();
+        // SAFETY: AVX2 is there, as `Avx2` is; the two loads of 8 values cover the array of 16 and need no alignment.
+        unsafe {
+            let low = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from)));
+            let high = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(1))));
+            [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
+        }
+    }
+
+    #[inline(always)]
+    fn halves(self, bits: &[u16; LANES]) -> [__m256; 2] {
+        let from = bits.as_ptr().cast::<__m128i>();
+        // SAFETY: F16C is there, as `Avx2` is; the two loads of 8 values cover the array of 16 and need no alignment.
+        unsafe { [_mm256_cvtph_ps(_mm_loadu_si128(from)), _mm256_cvtph_ps(_mm_loadu_si128(from.add(1)))] }
+    }
+}
+
+impl Isa for Avx512 {
+    type Lanes = __m512;
+
+    #[inline(always)]
+    fn load(self, values: &[f32; LANES]) -> __m512 {
+        // SAFETY: AVX-512 F is there, as `Avx512` is; the load of 16 values is the array and needs no alignment.
+        unsafe { _mm512_loadu_ps(values.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn store(self, lanes: __m512, to: &mut [f32; LANES]) {
+        // SAFETY: AVX-512 F is there, as `Avx512` is; the store of 16 values is the array and needs no alignment.
+        unsafe { _mm512_storeu_ps(to.as_mut_ptr(), lanes) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, lanes: __m512, x: f32, sum: __m512) -> __m512 {
+        // SAFETY: AVX-512 F is there, as `Avx512` is.
+        unsafe { _mm512_fmadd_ps(lanes, _mm512_set1_ps(x), sum) }
+    }
+
+    #[inline(always)]
+    fn brains(self, bits: &[u16; LANES]) -> __m512 {
+        // SAFETY: AVX-512 F is there, as `Avx512` is; the load of 16 values is the array and needs no alignment.
+        unsafe {
+            let bits = _mm256_loadu_si256(bits.as_ptr().cast());
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
+        }
+    }
+
+    #[inline(always)]
+    fn halves(self, bits: &[u16; LANES]) -> __m512 {
+        // SAFETY: AVX-512 F is there, as `Avx512` is; the load of 16 values is the array and needs no alignment.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bits.as_ptr().cast())) }
+    }
+}
