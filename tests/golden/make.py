@@ -12,6 +12,7 @@ Every folder holds a checkpoint in Hugging Face's format and `cases.jsonl`, one 
     prompts            prompts as text (storyteller only, whose checkpoint lies in examples/models)
     generation_config  the request, in Hugging Face's fields
     sequences          generated ids of each row; absent where they are drawn
+    ties               whether best scores are equal somewhere; the lowest id wins
     finish             eos, length or stop_string, for each row
     texts, trimmed     (storyteller) the ids decoded, and the same up to the stop string
     scores             [row][step] {top, banned | kept}: the best processed scores as [id, value], and the ids at -inf
