@@ -20,11 +20,27 @@ const FUEL: u64 = 5_000_000;
 const OUTPUT: usize = 64 << 20;
 /// Levels of macros that call each other.
 const DEPTH: usize = 100;
+/// Bytes of a template: several times the longest in use. An expression of as many terms is walked recursively, for which
+/// [`STACK`] is enough.
+const SOURCE: usize = 1 << 17;
+/// Bytes of the stack that a template is compiled and rendered on; only what is used becomes memory.
+const STACK: usize = 1 << 28;
 
 type Outcome<T> = std::result::Result<T, minijinja::Error>;
 
 /// Renders `template`, which errors call `name`.
 pub(super) fn render(name: &str, template: &str, variables: &serde_json::Map<String, serde_json::Value>) -> Result<String> {
+    if template.len() > SOURCE {
+        return Err(Error::Template(format!("{name} has {} bytes; at most {SOURCE} are accepted", template.len())));
+    }
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, || compile_and_render(name, template, variables));
+        let thread = thread.map_err(|error| Error::Template(format!("{name} needs a thread: {error}")))?;
+        thread.join().unwrap_or_else(|_| Err(Error::Template(format!("{name} made the template engine panic"))))
+    })
+}
+
+fn compile_and_render(name: &str, template: &str, variables: &serde_json::Map<String, serde_json::Value>) -> Result<String> {
     let explain = |error: minijinja::Error| {
         let mut message = error.to_string();
         let mut cause = error.source();
@@ -206,6 +222,14 @@ mod tests {
             let error = run(template).unwrap_err();
             assert!(error.kind() == "template" && error.to_string().contains(expected), "{error}");
         }
+    }
+
+    #[test]
+    fn a_long_expression_does_not_overflow_the_stack() {
+        let terms = |count: usize| format!("{{{{ {}1 }}}}", "1+".repeat(count));
+        assert_eq!(run(&terms(60_000)).unwrap(), "60001");
+        let error = run(&terms(100_000)).unwrap_err();
+        assert!(error.to_string().contains("at most 131072 are accepted"), "{error}");
     }
 
     #[test]
