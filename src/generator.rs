@@ -52,12 +52,7 @@ impl Generator {
 
     /// As [`Generator::from_pretrained`], with options.
     pub fn builder(folder: impl AsRef<Path>) -> Builder {
-        Builder {
-            folder: folder.as_ref().to_owned(),
-            options: LoadOptions::default(),
-            memory_limit: None,
-            batch_tokens: BATCH_TOKENS,
-        }
+        Builder { folder: folder.as_ref().to_owned(), options: LoadOptions::default(), memory_limit: None, batch_tokens: BATCH_TOKENS }
     }
 
     /// Generates with a model of one's own. Without a tokenizer, prompts are ids and results have no text.

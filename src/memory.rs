@@ -1,6 +1,9 @@
 //! What a call takes in memory, reckoned before it begins.
 
-use crate::{model::{ModelInfo, Room}, plan::Plan};
+use crate::{
+    model::{ModelInfo, Room},
+    plan::Plan,
+};
 use std::fmt;
 
 /// Bytes that a call holds at its longest. Activations and logits, small beside these, are not counted.

@@ -74,7 +74,13 @@ impl Clone for Row {
 
 impl Row {
     /// A row that has generated nothing yet; `tokens` are its prompt.
-    pub fn new(tokens: Vec<u32>, source: Option<Arc<[u32]>>, cache: Box<dyn Cache>, plan: &Plan, tokenizer: Option<&Tokenizer>) -> Result<Self> {
+    pub fn new(
+        tokens: Vec<u32>,
+        source: Option<Arc<[u32]>>,
+        cache: Box<dyn Cache>,
+        plan: &Plan,
+        tokenizer: Option<&Tokenizer>,
+    ) -> Result<Self> {
         let text = tokenizer.map(|tokenizer| Text::new(tokenizer, if source.is_some() { &[] } else { &tokens }, plan)).transpose()?;
         Ok(Self {
             number: 0,
@@ -183,9 +189,10 @@ impl Row {
             _ => text.clone(),
         };
         let generated = self.tokens[self.prompt_len..].to_vec();
-        let keywords = plan.keywords.as_ref().map_or_else(Vec::new, |keywords| {
-            keywords.words.iter().cloned().zip(keywords.boost.produced(&generated)).collect()
-        });
+        let keywords = plan
+            .keywords
+            .as_ref()
+            .map_or_else(Vec::new, |keywords| keywords.words.iter().cloned().zip(keywords.boost.produced(&generated)).collect());
         Ok(Sequence {
             prompt: self.prompt,
             row: self.number,

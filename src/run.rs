@@ -12,14 +12,13 @@ use crate::{
     search::{self, Search, Turn},
     text::Tokenizer,
 };
-use std::{
-    collections::VecDeque,
-    sync::Arc,
-    time::Instant,
-};
+use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 /// Prompt tokens computed in one pass unless the config says otherwise: enough to be efficient, few enough to report and cancel.
 const PASS: usize = 512;
+
+/// Rows of a call: more than anyone means, few enough to be listed.
+const ROWS: usize = 1 << 20;
 
 /// What a call works with besides its plan.
 #[derive(Clone)]
@@ -112,11 +111,20 @@ impl Run {
 
     fn check(&self) -> Result<()> {
         let info = self.setting.model.info();
+        let rows = self.waiting.len().saturating_mul(self.plan.width());
+        if rows > ROWS {
+            let reason = format!("the call would have {rows} rows; at most {ROWS} are accepted");
+            return Err(Error::config("num_return_sequences", self.plan.num_return_sequences, reason));
+        }
         let rows = self.waiting.len() * self.plan.num_return_sequences;
         if let Seeds::Each(seeds) = &self.plan.seeds
             && seeds.len() != rows
         {
-            return Err(Error::config("seeds", format!("{} seeds", seeds.len()), format!("the call has {rows} rows and needs one for each")));
+            return Err(Error::config(
+                "seeds",
+                format!("{} seeds", seeds.len()),
+                format!("the call has {rows} rows and needs one for each"),
+            ));
         }
         let starts = self.plan.decoder_start.len();
         if starts > 1 && starts != self.waiting.len() {
@@ -275,7 +283,9 @@ impl Waiting {
         }
         let (len, max_length) = (self.tokens.len(), plan.length.max_length(self.tokens.len()));
         if len >= max_length {
-            return Err(Error::Prompt(format!("prompt {index} has {len} tokens and max_length is {max_length}: nothing is left to generate")));
+            return Err(Error::Prompt(format!(
+                "prompt {index} has {len} tokens and max_length is {max_length}: nothing is left to generate"
+            )));
         }
         if let Context::Hard(limit) = context
             && max_length > limit

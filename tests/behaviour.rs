@@ -1,7 +1,8 @@
 //! What a user sees on a real model: stopping, text, records, processors of one's own, memory, progress.
 
 use candle_generate::{
-    FinishReason, GenerationConfig, Generator, History, LogitsProcessor, Message, OnProgress, Result, Stage, config::Boost, logits::PenaltyScope,
+    FinishReason, GenerationConfig, Generator, History, LogitsProcessor, Message, OnProgress, Result, Stage, config::Boost,
+    logits::PenaltyScope,
 };
 use std::{
     ops::ControlFlow,

@@ -88,6 +88,10 @@ fn a_billion_tokens_allocate_nothing() {
     assert!(memory.cache > 1_000_000_000 && memory.total() > memory.cache);
     let limited = Generator::builder(golden("llama")).memory_limit(memory.weights + 1_000_000).load().unwrap();
     refused(limited.generate(vec![5, 6, 7], &config), "memory", &["limit", &(memory.weights + 1_000_000).to_string()]);
+    let rows = GenerationConfig::sampling().max_new_tokens(2).num_return_sequences(1_000_000_000_000usize);
+    refused(generator.generate(vec![5, 6, 7], &rows), "config", &["num_return_sequences"]);
+    let reserved = config.cache_implementation("static").max_new_tokens(1_000_000_000_000usize);
+    refused(generator.generate(vec![5, 6, 7], &reserved), "config", &["max_cache_len", "memory"]);
     let fixed = GenerationConfig::greedy().max_new_tokens(8).cache_implementation("static");
     refused(generator.generate(vec![5, 6, 7], &fixed.max_cache_len(4)), "config", &["max_cache_len", "4"]);
 }

@@ -73,7 +73,8 @@ impl Turn<'_> {
         if self.plan.use_cache {
             return Ok(());
         }
-        let starts: Vec<_> = self.rows.iter().map(|row| Start { source: row.source.as_deref().unwrap_or_default(), room: Room::Grow }).collect();
+        let starts: Vec<_> =
+            self.rows.iter().map(|row| Start { source: row.source.as_deref().unwrap_or_default(), room: Room::Grow }).collect();
         let caches = self.model.start(&starts)?;
         for (row, cache) in self.rows.iter_mut().zip(caches) {
             row.cache = cache;

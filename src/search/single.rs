@@ -1,7 +1,10 @@
 //! Greedy search and sampling: one token a row and step, each row for itself.
 
 use super::{Search, Turn};
-use crate::{error::{Error, Result}, logits::pick};
+use crate::{
+    error::{Error, Result},
+    logits::pick,
+};
 
 /// How the token of a step is chosen.
 #[derive(Debug, Clone, Copy)]
