@@ -24,11 +24,11 @@ const BATCH_TOKENS: usize = 1 << 16;
 
 /// Generates text with one loaded model. A clone shares the model, and any number of threads may generate at once.
 ///
-/// ```no_run
+/// ```
 /// use candle_generate::{GenerationConfig, Generator};
 ///
 /// let generator = Generator::from_pretrained("examples/models/storyteller")?;
-/// let config = GenerationConfig::sampling().temperature(0.7).top_p(0.95).max_new_tokens(64);
+/// let config = GenerationConfig::sampling().temperature(0.7).top_p(0.95).max_new_tokens(16);
 /// let output = generator.generate("Once upon a time", &config)?;
 /// println!("{}", output.text());
 /// # Ok::<(), candle_generate::Error>(())

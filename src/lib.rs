@@ -1,4 +1,46 @@
 //! Text generation on candle: the Rust `model.generate()`.
+//!
+//! A [`Generator`] is a loaded checkpoint in Hugging Face's format; a [`GenerationConfig`] has the fields of
+//! `generation_config.json`; the tokens are those of transformers.
+//!
+//! ```
+//! use candle_generate::{GenerationConfig, Generator};
+//!
+//! let generator = Generator::from_pretrained("examples/models/storyteller")?;
+//! let config = GenerationConfig::greedy().max_new_tokens(8);
+//!
+//! // One prompt: text, ids or messages.
+//! let output = generator.generate("Once upon a time", &config)?;
+//! assert_eq!(output.text(), " there lived a man who had three s");
+//!
+//! // Piece by piece; dropping the stream ends the call.
+//! for piece in generator.stream("Once upon a time", &config)? {
+//!     print!("{}", piece?.text);
+//! }
+//!
+//! // Prompts of any lengths, several draws of each: every row is what it would be alone with its seed.
+//! let config = GenerationConfig::sampling().temperature(0.8).top_p(0.95).num_return_sequences(2).max_new_tokens(8).seed(7);
+//! let output = generator.generate_batch(["The", "There was once a king"], &config)?;
+//! assert_eq!(output.sequences.iter().map(|row| row.prompt).collect::<Vec<_>>(), [0, 0, 1, 1]);
+//!
+//! // What a call will do, and where each value came from.
+//! println!("{}", generator.explain(&config)?);
+//! # Ok::<(), candle_generate::Error>(())
+//! ```
+//!
+//! | to | see |
+//! | --- | --- |
+//! | load with options, limits, progress | [`Generator::builder`] |
+//! | set what is generated | [`GenerationConfig`], [`Strategy`] |
+//! | read results | [`Output`], [`Sequence`], [`FinishReason`] |
+//! | stream | [`Generator::stream`], [`Stream`], [`Piece`] |
+//! | chat | [`Message`], [`Messages`], [`Prompt`] |
+//! | shape scores, end rows | [`LogitsProcessor`], [`StoppingCriteria`], [`CancelToken`] |
+//! | bring a model | [`Model`], [`Cache`] |
+//! | handle errors | [`Error`] |
+//!
+//! On the CPU, in f32 arithmetic, a row's logits are the same bits alone and in a batch, cached and computed anew, in one
+//! pass and in chunks, on any number of threads.
 #![warn(missing_docs)]
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
