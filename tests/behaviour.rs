@@ -1,7 +1,7 @@
 //! What a user sees on a real model: stopping, text, records, processors of one's own, memory, progress.
 
 use candle_generate::{
-    FinishReason, GenerationConfig, Generator, History, LogitsProcessor, Message, OnProgress, Result, Stage, config::Boost,
+    FinishReason, GenerationConfig, Generator, History, LogitsProcessor, OnProgress, Result, Stage, candle_core::DType, config::Boost,
     logits::PenaltyScope,
 };
 use std::{
@@ -37,6 +37,21 @@ fn text_continues_the_prompt() {
     assert_eq!((output.usage.prompt_tokens, output.usage.generated_tokens), (6, 20));
     assert!(output.timings.total >= output.timings.first_token && output.timings.forward > Duration::ZERO);
     assert_eq!(sequence.seed, None, "nothing was drawn");
+}
+
+#[test]
+fn arithmetic_in_half_precision_is_asked_for() {
+    assert_eq!(STORYTELLER.model().info().dtype, DType::F32, "though the file is bf16");
+    let plain = STORYTELLER.generate(PROMPT, &greedy(12).output_logits(true)).unwrap();
+    for (dtype, most) in [(DType::BF16, 0.3), (DType::F16, 0.05)] {
+        let generator = Generator::builder(folder()).dtype(dtype).load().unwrap();
+        assert_eq!(generator.model().info().dtype, dtype);
+        let half = generator.generate(PROMPT, &greedy(12).output_logits(true)).unwrap();
+        assert_eq!(half.tokens(), plain.tokens());
+        let [half, plain] = [&half, &plain].map(|output| output.sequences[0].logits.as_ref().unwrap().concat());
+        let off = half.iter().zip(plain).map(|(half, plain)| (half - plain).abs()).fold(0.0, f32::max);
+        assert!(off > 0.0 && off < most, "{dtype:?} is {off} off");
+    }
 }
 
 #[test]
@@ -248,9 +263,9 @@ fn memory_counts_weights_pages_and_rows() {
 #[cfg(feature = "chat")]
 #[test]
 fn messages_are_prompts() {
-    let output = STORYTELLER.generate(vec![Message::user("Hello!")], &greedy(40)).unwrap();
+    let output = STORYTELLER.generate(vec![candle_generate::Message::user("Hello!")], &greedy(40)).unwrap();
     assert_eq!(output.text(), "Good day! Shall I tell you a story?");
     assert_eq!(output.sequences[0].finish, FinishReason::Eos);
-    let ids = STORYTELLER.encode(vec![Message::user("Hello!")]).unwrap();
+    let ids = STORYTELLER.encode(vec![candle_generate::Message::user("Hello!")]).unwrap();
     assert_eq!((ids[0], ids[1], *ids.last().unwrap()), (1, 4, 5));
 }

@@ -3,6 +3,7 @@
 use candle_generate::{
     Cache, Error, Feed, Forward, GenerationConfig, Generator, Model, ModelInfo, Prompt, Result, Start, Want, candle_core::DType,
 };
+use proptest::prelude::*;
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -10,6 +11,10 @@ use std::{
 
 fn golden(family: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(family)
+}
+
+fn folder_of_the_storyteller() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/storyteller")
 }
 
 fn generator(family: &str) -> Generator {
@@ -132,6 +137,34 @@ fn damaged_checkpoints() {
     lying[..8].copy_from_slice(&u64::MAX.to_le_bytes());
     refused(build(&plain, Some(&lying)).1, "load", &["model.safetensors"]);
     refused(Generator::builder(&source).dtype(DType::U8).load(), "config", &["dtype", "u8"]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever a file says, the answer is a model or an error: reaching the end is the test.
+    #[test]
+    fn no_damage_is_a_panic(
+        name in prop::sample::select(vec!["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]),
+        edits in prop::collection::vec((0usize..3000, any::<u8>()), 1..5),
+        cut in prop::option::weighted(0.1, 0usize..3000),
+    ) {
+        let source = if name.starts_with("token") { folder_of_the_storyteller() } else { golden("llama") };
+        let folder = tempfile::tempdir().unwrap();
+        for file in fs::read_dir(source).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_file()) {
+            fs::copy(&file, folder.path().join(file.file_name().unwrap())).unwrap();
+        }
+        let path = folder.path().join(name);
+        let mut bytes = fs::read(&path).unwrap();
+        let len = bytes.len();
+        edits.iter().for_each(|&(at, byte)| bytes[at % len] = byte);
+        bytes.truncate(cut.unwrap_or(len));
+        fs::write(&path, bytes).unwrap();
+        if let Ok(generator) = Generator::from_pretrained(folder.path()) {
+            let _ = generator.generate(vec![5, 6, 7], &GenerationConfig::new().max_new_tokens(3));
+            let _ = generator.generate("Once upon a time", &GenerationConfig::new().max_new_tokens(3));
+        }
+    }
 }
 
 /// A model whose logits are all the same value.
