@@ -70,7 +70,7 @@ pub use generator::{Builder, Generator};
 pub use logits::{History, LogitsProcessor};
 pub use memory::Memory;
 pub use model::{Cache, Context, Feed, Forward, Model, ModelInfo, Room, Start, Want};
-pub use models::{Kernels, LoadOptions};
+pub use models::Kernels;
 pub use output::{FinishReason, Output, Piece, Sequence, Timings, TokenLogProb, Usage};
 pub use plan::Plan;
 pub use progress::{OnProgress, Progress, Stage};

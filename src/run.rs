@@ -185,7 +185,7 @@ impl Run {
     // Computes each prompt once, then forks it into its rows.
     fn start(&mut self, admitted: Vec<Waiting>) -> Result<()> {
         let starts: Vec<_> = admitted.iter().map(|waiting| waiting.start(&self.plan)).collect();
-        let caches = self.setting.model.start(&starts)?;
+        let caches = search::start(self.setting.model.as_ref(), &starts)?;
         let mut fresh = Vec::with_capacity(admitted.len());
         for (waiting, cache) in admitted.into_iter().zip(caches) {
             fresh.push(waiting.row(cache, &self.plan, self.setting.tokenizer.as_ref())?);
@@ -193,19 +193,22 @@ impl Run {
         if self.plan.use_cache {
             self.prefill(&mut fresh)?;
         }
-        let width = self.plan.width();
-        for row in fresh {
-            for copy in 0..width {
-                let mut row = row.clone();
-                row.number = row.prompt * width + copy;
-                row.seed = match &self.plan.seeds {
-                    Seeds::One(seed) => pick::row_seed(*seed, row.number as u64),
-                    Seeds::Each(seeds) => seeds.get(row.number).copied().unwrap_or_default(),
-                };
-                self.rows.push(row);
-            }
-        }
+        fresh.iter().for_each(|row| self.fork(row));
         Ok(())
+    }
+
+    // The rows of a prompt, each with its number and its seed.
+    fn fork(&mut self, prompt: &Row) {
+        let width = self.plan.width();
+        for copy in 0..width {
+            let mut row = prompt.clone();
+            row.number = row.prompt * width + copy;
+            row.seed = match &self.plan.seeds {
+                Seeds::One(seed) => pick::row_seed(*seed, row.number as u64),
+                Seeds::Each(seeds) => seeds.get(row.number).copied().unwrap_or_default(),
+            };
+            self.rows.push(row);
+        }
     }
 
     // Leaves what one pass of the search can take: the last tokens of each prompt, and no more than its very last where
@@ -214,13 +217,13 @@ impl Run {
         let pass = self.plan.prefill_chunk_size.unwrap_or(PASS);
         let keep = if self.plan.width() > 1 { rows.len() } else { pass };
         let total: usize = rows.iter().map(|row| row.pending().len()).sum();
+        let mut left = total;
         loop {
-            let left: usize = rows.iter().map(|row| row.pending().len()).sum();
             let mut budget = if left > keep { pass } else { 0 };
             let mut feeds = Vec::new();
             for row in rows.iter_mut() {
                 let from = row.cache.len();
-                let take = budget.min((row.tokens.len() - from).saturating_sub(1));
+                let take = budget.min(row.pending().len().saturating_sub(1));
                 if take > 0 {
                     budget -= take;
                     feeds.push(Feed { tokens: &row.tokens[from..from + take], cache: row.cache.as_mut() });
@@ -232,8 +235,12 @@ impl Run {
             let clock = Instant::now();
             self.setting.model.forward(&mut feeds, Want::Nothing)?;
             self.timings.forward += clock.elapsed();
+            let before = std::mem::replace(&mut left, rows.iter().map(|row| row.pending().len()).sum());
+            if left >= before {
+                // A model that keeps nothing: every pass computes the whole row.
+                return Ok(());
+            }
             if let Some(progress) = &self.setting.progress {
-                let left: usize = rows.iter().map(|row| row.pending().len()).sum();
                 progress.report(Stage::Prefill, (total - left) as u64, total as u64)?;
             }
         }
@@ -254,11 +261,7 @@ impl Run {
     fn cancel(&mut self) -> Result<()> {
         for waiting in std::mem::take(&mut self.waiting) {
             let row = waiting.row(Box::new(Unstarted), &self.plan, self.setting.tokenizer.as_ref())?;
-            for copy in 0..self.plan.width() {
-                let mut row = row.clone();
-                row.number = row.prompt * self.plan.width() + copy;
-                self.rows.push(row);
-            }
+            self.fork(&row);
         }
         self.rows.iter_mut().try_for_each(|row| row.end(FinishReason::Cancelled))
     }

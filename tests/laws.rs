@@ -219,5 +219,11 @@ fn cancelling_keeps_what_there_is() {
     assert!(tokens.iter().all(|&count| (5..8).contains(&count)), "{tokens:?}");
     assert!(output.sequences.iter().all(|sequence| sequence.finish == FinishReason::Cancelled));
     let before = generator.generate_batch(["Once upon a time", "The"], &config).unwrap();
+    let drawn = GenerationConfig::sampling().seed(5).cancel(token);
+    let seeds = |output: &Output| output.sequences.iter().map(|sequence| sequence.seed).collect::<Vec<_>>();
+    let live = GenerationConfig::sampling().seed(5).max_new_tokens(1);
+    let prompts = ["Once upon a time", "The"];
+    let (never, live) = (generator.generate_batch(prompts, &drawn).unwrap(), generator.generate_batch(prompts, &live).unwrap());
+    assert_eq!(seeds(&never), seeds(&live), "a row that never began still tells its seed");
     assert!(before.sequences.len() == 2 && before.sequences.iter().all(|sequence| sequence.tokens.is_empty()));
 }

@@ -45,7 +45,7 @@ fn prompts() {
     let total = GenerationConfig::greedy().max_length(3);
     refused(generator.generate(vec![5, 6, 7], &total), "prompt", &["max_length", "3"]);
     refused(generator.generate_batch([vec![5, 6], vec![5, 6, 7]], &total), "prompt", &["prompt 1"]);
-    let bare = Generator::new(Flat(ModelInfo::new("flat", 8), 0.0), None);
+    let bare = Generator::new(Flat::new(8, 0.0), None);
     refused(bare.generate(Vec::<u32>::new(), &config), "prompt", &["empty", "bos_token_id"]);
     assert_eq!(bare.generate(Vec::<u32>::new(), &config.bos_token_id(3)).unwrap().sequences[0].prompt_len, 1);
     let none = bare.generate_batch(Vec::<Prompt>::new(), &GenerationConfig::greedy()).unwrap();
@@ -168,45 +168,75 @@ proptest! {
 }
 
 /// A model whose logits are all the same value.
-struct Flat(ModelInfo, f32);
+struct Flat {
+    info: ModelInfo,
+    logit: f32,
+    step: usize,
+    caches: usize,
+}
 
-struct Count(usize);
+impl Flat {
+    fn new(vocab_size: usize, logit: f32) -> Self {
+        Self { info: ModelInfo::new("flat", vocab_size), logit, step: 1, caches: usize::MAX }
+    }
+}
+
+/// Counts positions `step` at a time: 1 is honest, 0 remembers nothing, 2 claims too much.
+struct Count {
+    len: usize,
+    step: usize,
+}
 
 impl Model for Flat {
     fn info(&self) -> &ModelInfo {
-        &self.0
+        &self.info
     }
 
     fn start(&self, rows: &[Start<'_>]) -> Result<Vec<Box<dyn Cache>>> {
-        Ok(rows.iter().map(|_| Box::new(Count(0)) as Box<dyn Cache>).collect())
+        let fresh = || Box::new(Count { len: 0, step: self.step }) as Box<dyn Cache>;
+        Ok(rows.iter().take(self.caches).map(|_| fresh()).collect())
     }
 
     fn forward(&self, rows: &mut [Feed<'_>], _: Want) -> Result<Forward> {
         for row in rows.iter_mut() {
-            candle_generate::model::downcast::<Count>(row.cache)?.0 += row.tokens.len();
+            let cache = candle_generate::model::downcast::<Count>(row.cache)?;
+            cache.len += cache.step * row.tokens.len();
         }
-        Ok(Forward::Host(vec![self.1; rows.len() * self.0.vocab_size]))
+        Ok(Forward::Host(vec![self.logit; rows.len() * self.info.vocab_size]))
     }
 }
 
 impl Cache for Count {
     fn len(&self) -> usize {
-        self.0
+        self.len
     }
 
     fn fork(&self) -> Box<dyn Cache> {
-        Box::new(Self(self.0))
+        Box::new(Self { ..*self })
     }
 
     fn truncate(&mut self, len: usize) -> Result<()> {
-        self.0 = len;
+        self.len = len;
         Ok(())
     }
 }
 
 #[test]
+fn models_that_miscount() {
+    let config = GenerationConfig::sampling().max_new_tokens(3).num_return_sequences(2).seed(1);
+    let prompt = vec![1; 700];
+    let honest = Generator::new(Flat::new(8, 0.0), None).generate(prompt.clone(), &config).unwrap();
+    let forgetful = Generator::new(Flat { step: 0, ..Flat::new(8, 0.0) }, None).generate(prompt.clone(), &config).unwrap();
+    assert_eq!(honest.sequences[1].tokens, forgetful.sequences[1].tokens);
+    let boastful = Generator::new(Flat { step: 2, ..Flat::new(8, 0.0) }, None);
+    refused(boastful.generate(prompt.clone(), &config), "unsupported", &["700 tokens", "cache"]);
+    let short = Generator::new(Flat { caches: 0, ..Flat::new(8, 0.0) }, None);
+    refused(short.generate(prompt, &config), "unsupported", &["0 caches", "1 were asked for"]);
+}
+
+#[test]
 fn logits_that_are_not_numbers() {
-    let broken = Generator::new(Flat(ModelInfo::new("broken", 8), f32::NAN), None);
+    let broken = Generator::new(Flat::new(8, f32::NAN), None);
     let config = GenerationConfig::greedy().max_new_tokens(2);
     refused(broken.generate(vec![1], &config), "processor", &["model", "NaN"]);
     assert_eq!(broken.generate(vec![1], &config.remove_invalid_values(true)).unwrap().tokens(), [0, 0]);
@@ -214,7 +244,7 @@ fn logits_that_are_not_numbers() {
 
 #[test]
 fn a_row_without_a_token_names_the_processor() {
-    let flat = Generator::new(Flat(ModelInfo::new("flat", 4), 1.0), None);
+    let flat = Generator::new(Flat::new(4, 1.0), None);
     let config = GenerationConfig::greedy().max_new_tokens(2).suppress_tokens(vec![0, 1, 2, 3]);
     refused(flat.generate(vec![1], &config), "processor", &["suppress_tokens"]);
     let nothing = GenerationConfig::greedy().max_new_tokens(2).prefix_allowed_tokens_fn(|_, _: &[u32]| Vec::new());

@@ -6,7 +6,7 @@ use crate::{
     config::Strategy,
     error::{Error, Result},
     logits,
-    model::{Feed, Model, Room, Start, Want},
+    model::{Cache, Feed, Model, Room, Start, Want},
     plan::Plan,
     rows::Row,
 };
@@ -41,10 +41,25 @@ pub fn new(strategy: &Strategy) -> Result<Box<dyn Search>> {
     }
 }
 
+/// Fresh caches, as many as asked for.
+pub fn start(model: &dyn Model, rows: &[Start<'_>]) -> Result<Vec<Box<dyn Cache>>> {
+    let caches = model.start(rows)?;
+    if caches.len() != rows.len() {
+        return Err(Error::Unsupported(format!("the model made {} caches, {} were asked for", caches.len(), rows.len())));
+    }
+    Ok(caches)
+}
+
 impl Turn<'_> {
     /// Computes the pending tokens of every row in one pass; the logits after each row's last, row after row.
     pub fn logits(&mut self) -> Result<Vec<f32>> {
         self.restart()?;
+        if let Some(row) = self.rows.iter().find(|row| row.pending().is_empty()) {
+            let (held, len) = (row.cache.len(), row.tokens.len());
+            return Err(Error::Unsupported(format!(
+                "the model's cache holds {held} positions of a row of {len} tokens, the last not computed"
+            )));
+        }
         let clock = Instant::now();
         let mut feeds: Vec<_> = self
             .rows
@@ -75,7 +90,7 @@ impl Turn<'_> {
         }
         let starts: Vec<_> =
             self.rows.iter().map(|row| Start { source: row.source.as_deref().unwrap_or_default(), room: Room::Grow }).collect();
-        let caches = self.model.start(&starts)?;
+        let caches = start(self.model, &starts)?;
         for (row, cache) in self.rows.iter_mut().zip(caches) {
             row.cache = cache;
         }
