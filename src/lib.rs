@@ -69,7 +69,7 @@ pub use error::{Error, Problem, Result};
 pub use generator::{Builder, Generator};
 pub use logits::{History, LogitsProcessor};
 pub use memory::Memory;
-pub use model::{Cache, Context, Feed, Forward, Model, ModelInfo, Room, Start, Want};
+pub use model::{Cache, Context, Feed, Forward, Model, ModelInfo, Room, Start, Values, Want};
 pub use models::Kernels;
 pub use output::{FinishReason, Output, Piece, Sequence, Timings, TokenLogProb, Usage};
 pub use plan::Plan;

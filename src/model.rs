@@ -15,7 +15,10 @@ pub trait Model: Send + Sync {
 
     /// Appends each row's new tokens to its cache and computes what `want` asks for. Rows may bring different numbers
     /// of tokens; each brings at least one. A row's result does not depend on the other rows.
-    fn forward(&self, rows: &mut [Feed<'_>], want: Want) -> Result<Forward>;
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where the model cannot give what is wanted; the caches are as they were then.
+    fn forward(&self, rows: &mut [Feed<'_>], want: Want<'_>) -> Result<Forward>;
 }
 
 /// What a fresh cache is made for.
@@ -23,6 +26,9 @@ pub trait Model: Send + Sync {
 pub struct Start<'a> {
     /// What an encoder reads; empty for decoder-only models.
     pub source: &'a [u32],
+    /// The tokens that will be fed before the first is generated, which may come in parts: rotary positions that follow
+    /// the length of a row have to know it from the beginning.
+    pub len: usize,
     /// The room that the cache takes.
     pub room: Room,
 }
@@ -35,16 +41,23 @@ pub struct Feed<'a> {
     pub cache: &'a mut dyn Cache,
 }
 
-/// Which positions' logits a forward pass returns.
+/// What a forward pass returns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Want {
-    /// None: the pass only fills the caches.
+pub enum Want<'a> {
+    /// Nothing: the pass only fills the caches.
     Nothing,
-    /// Those after each row's last new token: one row of logits per feed.
+    /// The logits after each row's last new token: one row of logits per feed.
     Last,
-    /// Those after every new token, row after row.
+    /// The logits after every new token, row after row.
     All,
+    /// The logits after the last so many new tokens of each row, row after row; a number for each feed.
+    Each(&'a [usize]),
+    /// The logits after each row's last new token, and the hidden states of every new token.
+    Hidden,
+    /// After each row's last new token: the head's output for the state after each of these layers (0 is the embeddings), which
+    /// the final norm has not touched, and last the model's own logits. One more row of logits per feed than there are layers.
+    Layers(&'a [usize]),
 }
 
 /// How much room a fresh cache takes.
@@ -74,25 +87,41 @@ pub trait Cache: Send + Any {
     fn truncate(&mut self, len: usize) -> Result<()>;
 }
 
-/// The logits of a forward pass: `rows * vocab_size` values, row after row.
-#[derive(Debug, Clone)]
-pub enum Forward {
-    /// Nothing was asked for.
+/// What a forward pass gives back.
+#[derive(Debug, Clone, Default)]
+pub struct Forward {
+    /// The logits that were wanted, `(rows, vocab_size)`.
+    pub logits: Values,
+    /// The states after the final norm of every new token, `(tokens, hidden_size)`; empty unless [`Want::Hidden`].
+    pub hidden: Values,
+}
+
+/// Rows of numbers.
+#[derive(Debug, Clone, Default)]
+pub enum Values {
+    /// None.
+    #[default]
     Nothing,
-    /// In host memory.
+    /// In host memory, row after row.
     Host(Vec<f32>),
-    /// On the model's device, `(rows, vocab_size)`, in any float type.
+    /// On the model's device, a matrix of any float type.
     Device(Tensor),
 }
 
-impl Forward {
-    /// The logits in host memory, as `f32`, row after row.
+impl Values {
+    /// In host memory, as `f32`, row after row.
     pub fn into_host(self) -> Result<Vec<f32>> {
         Ok(match self {
             Self::Nothing => Vec::new(),
-            Self::Host(logits) => logits,
-            Self::Device(logits) => logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?,
+            Self::Host(values) => values,
+            Self::Device(values) => values.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?,
         })
+    }
+}
+
+impl From<Values> for Forward {
+    fn from(logits: Values) -> Self {
+        Self { logits, hidden: Values::Nothing }
     }
 }
 
@@ -106,6 +135,8 @@ pub struct ModelInfo {
     pub vocab_size: usize,
     /// How far positions reach.
     pub context: Context,
+    /// The number of layers whose states [`Want::Layers`] can name; 0 if none.
+    pub layers: usize,
     /// Whether prompts are encoded by an encoder and generation starts from a decoder start token.
     pub is_encoder_decoder: bool,
     /// The device the weights are on.
@@ -142,12 +173,13 @@ impl Context {
 }
 
 impl ModelInfo {
-    /// The facts that have no default; the rest (unlimited context, decoder-only, CPU, f32, a cache of no size) can be set after.
+    /// The facts that have no default; the rest (unlimited context, no layers told, decoder-only, CPU, f32, a cache of no size) can be set after.
     pub fn new(name: impl Into<String>, vocab_size: usize) -> Self {
         Self {
             name: name.into(),
             vocab_size,
             context: Context::Unlimited,
+            layers: 0,
             is_encoder_decoder: false,
             device: Device::Cpu,
             dtype: DType::F32,

@@ -4,8 +4,8 @@ use crate::{
     error::{Error, Result},
     logits::pick,
     memory::Memory,
-    model::{Cache, Context, Feed, Model, Start, Want},
-    output::{FinishReason, Output, Piece, Sequence, Timings, Usage},
+    model::{Cache, Context, Feed, Model, Start},
+    output::{Output, Piece, Sequence, Timings, Usage},
     plan::{Plan, Seeds},
     progress::{OnProgress, Stage},
     rows::Row,
@@ -93,7 +93,7 @@ impl Run {
             }
         }
         if let Some(pieces) = &mut pieces {
-            pieces.extend(self.rows.iter_mut().map(Row::piece));
+            pieces.extend(self.search.pieces(&mut self.rows));
         }
         self.retire()?;
         Ok(!(self.rows.is_empty() && self.waiting.is_empty()))
@@ -197,9 +197,9 @@ impl Run {
         Ok(())
     }
 
-    // The rows of a prompt, each with its number and its seed.
+    // The rows that a prompt begins with, each with its number and its seed.
     fn fork(&mut self, prompt: &Row) {
-        let width = self.plan.width();
+        let width = self.search.width(&self.plan);
         for copy in 0..width {
             let mut row = prompt.clone();
             row.number = row.prompt * width + copy;
@@ -215,17 +215,19 @@ impl Run {
     // the prompt is about to be forked.
     fn prefill(&mut self, rows: &mut [Row]) -> Result<()> {
         let pass = self.plan.prefill_chunk_size.unwrap_or(PASS);
-        let keep = if self.plan.width() > 1 { rows.len() } else { pass };
+        let keep = if self.search.width(&self.plan) > 1 { rows.len() } else { pass };
         let total: usize = rows.iter().map(|row| row.pending().len()).sum();
+        let want = self.search.prefill();
         let mut left = total;
         loop {
             let mut budget = if left > keep { pass } else { 0 };
-            let mut feeds = Vec::new();
+            let (mut feeds, mut parts) = (Vec::new(), Vec::new());
             for row in rows.iter_mut() {
                 let from = row.cache.len();
                 let take = budget.min(row.pending().len().saturating_sub(1));
                 if take > 0 {
                     budget -= take;
+                    parts.push((row.prompt, take));
                     feeds.push(Feed { tokens: &row.tokens[from..from + take], cache: row.cache.as_mut() });
                 }
             }
@@ -233,8 +235,9 @@ impl Run {
                 return Ok(());
             }
             let clock = Instant::now();
-            self.setting.model.forward(&mut feeds, Want::Nothing)?;
+            let forward = self.setting.model.forward(&mut feeds, want)?;
             self.timings.forward += clock.elapsed();
+            self.search.read(&parts, forward)?;
             let before = std::mem::replace(&mut left, rows.iter().map(|row| row.pending().len()).sum());
             if left >= before {
                 // A model that keeps nothing: every pass computes the whole row.
@@ -263,7 +266,7 @@ impl Run {
             let row = waiting.row(Box::new(Unstarted), &self.plan, self.setting.tokenizer.as_ref())?;
             self.fork(&row);
         }
-        self.rows.iter_mut().try_for_each(|row| row.end(FinishReason::Cancelled))
+        self.search.cancel(&mut self.rows, &self.plan)
     }
 }
 
@@ -302,7 +305,7 @@ impl Waiting {
     }
 
     fn start(&self, plan: &Plan) -> Start<'_> {
-        Start { source: self.source.as_deref().unwrap_or_default(), room: plan.room(self.tokens.len()) }
+        Start { source: self.source.as_deref().unwrap_or_default(), len: self.tokens.len(), room: plan.room(self.tokens.len()) }
     }
 
     fn row(self, cache: Box<dyn Cache>, plan: &Plan, tokenizer: Option<&Tokenizer>) -> Result<Row> {

@@ -202,7 +202,7 @@ impl Model for Flat {
             let cache = candle_generate::model::downcast::<Count>(row.cache)?;
             cache.len += cache.step * row.tokens.len();
         }
-        Ok(Forward::Host(vec![self.logit; rows.len() * self.info.vocab_size]))
+        Ok(Values::Host(vec![self.logit; rows.len() * self.info.vocab_size]).into())
     }
 }
 

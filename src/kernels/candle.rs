@@ -3,7 +3,7 @@
 use super::{Activation, Attention, Matrix, Norm, NormKind, Ops, Rope, Span, Store, StoreShape};
 use crate::{
     error::{Error, Result},
-    model::{Forward, Room},
+    model::{Room, Values},
 };
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::{ops::softmax_last_dim, rotary_emb::rope_thd};
@@ -220,9 +220,13 @@ impl Ops for CandleOps {
         Ok(x.index_select(&Tensor::new(indices, &self.device)?, 0)?)
     }
 
-    fn logits(&self, head: &Weight, x: &Tensor, softcap: Option<f32>) -> Result<Forward> {
+    fn values(&self, x: Tensor) -> Result<Values> {
+        Ok(Values::Device(x))
+    }
+
+    fn logits(&self, head: &Weight, x: &Tensor, softcap: Option<f32>) -> Result<Values> {
         let logits = self.linear(head, x)?;
-        Ok(Forward::Device(match softcap {
+        Ok(Values::Device(match softcap {
             Some(cap) => self.times(&self.times(&logits, 1.0 / cap)?.tanh()?, cap)?,
             None => logits,
         }))

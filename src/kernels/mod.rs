@@ -8,7 +8,7 @@ pub(crate) mod cpu;
 
 use crate::{
     error::Result,
-    model::{Forward, Room},
+    model::{Room, Values},
 };
 use candle_core::DType;
 
@@ -68,8 +68,10 @@ pub(crate) trait Ops: Send + Sync + 'static {
     ) -> Result<Self::Act>;
     /// The tokens `indices` of `x`.
     fn select(&self, x: &Self::Act, indices: &[usize]) -> Result<Self::Act>;
+    /// `x` as a caller of the model sees it.
+    fn values(&self, x: Self::Act) -> Result<Values>;
     /// `x * head^T`, each value `v` becoming `cap * tanh(v / cap)` where there is a cap.
-    fn logits(&self, head: &Self::Weight, x: &Self::Act, softcap: Option<f32>) -> Result<Forward>;
+    fn logits(&self, head: &Self::Weight, x: &Self::Act, softcap: Option<f32>) -> Result<Values>;
 }
 
 /// The keys and values of one row. A clone shares them: writing copies only the last page, while it is shared.

@@ -9,7 +9,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     kernels::{Norm, Ops, Rope, Span, Store, StoreShape},
-    model::{Cache, Context, Feed, Forward, Model, ModelInfo, Start, Want, downcast},
+    model::{Cache, Context, Feed, Forward, Model, ModelInfo, Start, Values, Want, downcast},
     progress::OnProgress,
 };
 
@@ -54,7 +54,8 @@ impl<O: Ops> Decoder<O> {
         let head = head.map(|name| loader.table(name, spec.vocab)).transpose()?;
         loader.finish()?;
 
-        let (shape, info) = (spec.shape(), ModelInfo { context, weight_bytes: loader.weight_bytes(), ..info });
+        let (shape, info) =
+            (spec.shape(), ModelInfo { context, layers: spec.attention.len(), weight_bytes: loader.weight_bytes(), ..info });
         let (embedding_scale, softcap) = (spec.embedding_scale, spec.softcap);
         Ok(Self { ops, info, shape, embedding, embedding_scale, positions, layers, norm, head, softcap })
     }
@@ -78,6 +79,22 @@ impl<O: Ops> Decoder<O> {
         }
     }
 
+    fn wanted(&self, want: Want<'_>, rows: usize) -> Result<()> {
+        match want {
+            Want::Each(counts) if counts.len() != rows => {
+                Err(Error::Unsupported(format!("{} numbers of logits for {rows} rows; one for each is accepted", counts.len())))
+            }
+            Want::Layers(layers) => match layers.iter().find(|&&layer| layer >= self.layers.len()) {
+                Some(layer) => {
+                    let last = self.layers.len() - 1;
+                    Err(Error::Unsupported(format!("the state after layer {layer}; layers 0 to {last} are accepted")))
+                }
+                None => Ok(()),
+            },
+            _ => Ok(()),
+        }
+    }
+
     fn embed(&self, ids: &[u32], positions: &[usize]) -> Result<(O::Act, Option<O::Angles>)> {
         let x = self.ops.embed(&self.embedding, ids)?;
         let x = match self.embedding_scale {
@@ -93,27 +110,56 @@ impl<O: Ops> Decoder<O> {
         }
     }
 
-    /// The logits of the tokens `wanted`.
-    fn compute(&self, ids: &[u32], positions: &[usize], wanted: &[usize], rows: &mut [Span<'_, O::Store>]) -> Result<Forward> {
+    /// Runs a pass and returns what is wanted of it.
+    fn compute(&self, pass: &Pass<'_>, rows: &mut [Span<'_, O::Store>]) -> Result<Forward> {
         let ops = &self.ops;
-        let (mut x, angles) = self.embed(ids, positions)?;
+        let (mut x, angles) = self.embed(&pass.ids, &pass.positions)?;
+        let mut early = Vec::new();
         for (index, layer) in self.layers.iter().enumerate() {
+            if let Want::Layers(layers) = pass.want {
+                early.extend(layers.iter().filter(|&&wanted| wanted == index).map(|_| ops.select(&x, &pass.read)));
+            }
             let mut mixed = layer.attend(ops, index, &x, angles.as_ref(), rows)?;
             if index + 1 == self.layers.len() {
-                // The caches are complete: from here on only tokens whose logits are wanted matter.
-                if wanted.is_empty() {
-                    return Ok(Forward::Nothing);
+                // The caches are complete: from here on only tokens that something is wanted of matter.
+                if pass.want == Want::Nothing {
+                    return Ok(Forward::default());
                 }
-                if wanted.len() < ids.len() {
-                    x = ops.select(&x, wanted)?;
-                    mixed = ops.select(&mixed, wanted)?;
+                if pass.want != Want::Hidden && pass.read.len() < pass.ids.len() {
+                    x = ops.select(&x, &pass.read)?;
+                    mixed = ops.select(&mixed, &pass.read)?;
                 }
             }
             x = layer.finish(ops, x, &mixed)?;
         }
         let head = self.head.as_ref().unwrap_or(&self.embedding);
-        ops.logits(head, &ops.norm(&self.norm, &x)?, self.softcap)
+        let x = ops.norm(&self.norm, &x)?;
+        match pass.want {
+            Want::Hidden => {
+                let logits = ops.logits(head, &ops.select(&x, &pass.read)?, self.softcap)?;
+                Ok(Forward { logits, hidden: ops.values(x)? })
+            }
+            Want::Layers(_) => {
+                let mut layers = Vec::with_capacity(early.len() + 1);
+                for state in early {
+                    layers.push(ops.logits(head, &state?, None)?.into_host()?);
+                }
+                layers.push(ops.logits(head, &x, self.softcap)?.into_host()?);
+                let row = |row: usize| layers.iter().flat_map(move |logits| &logits[row * self.info.vocab_size..][..self.info.vocab_size]);
+                Ok(Values::Host((0..pass.read.len()).flat_map(row).copied().collect()).into())
+            }
+            _ => Ok(ops.logits(head, &x, self.softcap)?.into()),
+        }
     }
+}
+
+/// The new tokens of a pass, all rows' one after another.
+struct Pass<'a> {
+    ids: Vec<u32>,
+    positions: Vec<usize>,
+    want: Want<'a>,
+    /// The indices of the tokens whose logits are wanted.
+    read: Vec<usize>,
 }
 
 impl<O: Ops> Model for Decoder<O> {
@@ -126,27 +172,30 @@ impl<O: Ops> Model for Decoder<O> {
         rows.iter().map(start).collect()
     }
 
-    fn forward(&self, rows: &mut [Feed<'_>], want: Want) -> Result<Forward> {
-        let (mut ids, mut positions, mut wanted) = (Vec::new(), Vec::new(), Vec::new());
+    fn forward(&self, rows: &mut [Feed<'_>], want: Want<'_>) -> Result<Forward> {
+        self.wanted(want, rows.len())?;
+        let mut pass = Pass { ids: Vec::new(), positions: Vec::new(), want, read: Vec::new() };
         let mut spans = Vec::with_capacity(rows.len());
-        for Feed { tokens, cache } in rows {
+        for (index, Feed { tokens, cache }) in rows.iter_mut().enumerate() {
             let cache = downcast::<Kv<O::Store>>(&mut **cache)?;
             self.check(tokens, cache)?;
-            let (first, count, len) = (ids.len(), tokens.len(), cache.store.len());
-            ids.extend_from_slice(tokens);
-            positions.extend(len..len + count);
-            match want {
-                Want::Nothing => {}
-                Want::Last => wanted.push(first + count - 1),
-                Want::All => wanted.extend(first..first + count),
-            }
+            let (first, count, len) = (pass.ids.len(), tokens.len(), cache.store.len());
+            pass.ids.extend_from_slice(tokens);
+            pass.positions.extend(len..len + count);
+            let read = match want {
+                Want::Nothing => 0,
+                Want::Last | Want::Hidden | Want::Layers(_) => 1,
+                Want::All => count,
+                Want::Each(counts) => counts[index].min(count),
+            };
+            pass.read.extend(first + count - read..first + count);
             spans.push(Span { first, count, store: &mut cache.store });
         }
-        if ids.is_empty() {
-            return Ok(Forward::Nothing);
+        if pass.ids.is_empty() {
+            return Ok(Forward::default());
         }
 
-        let forward = self.ops.pass(|| self.compute(&ids, &positions, &wanted, &mut spans))?;
+        let forward = self.ops.pass(|| self.compute(&pass, &mut spans))?;
         // Only now, so that a pass that fails leaves every cache as it was.
         for span in spans {
             span.store.grow(span.count);
@@ -190,7 +239,7 @@ mod tests {
         tiny::save(&folder.path().join("model.safetensors"), &tensors, Dtype::F32);
         let model = load(folder.path(), &LoadOptions::default()).unwrap();
         let mut cache = model.start(&[Start::default()]).unwrap().remove(0);
-        model.forward(&mut [Feed { tokens: &[1, 2, 3], cache: &mut *cache }], Want::Last).unwrap().into_host().unwrap()
+        model.forward(&mut [Feed { tokens: &[1, 2, 3], cache: &mut *cache }], Want::Last).unwrap().logits.into_host().unwrap()
     }
 
     #[test]

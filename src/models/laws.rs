@@ -5,7 +5,7 @@ use super::{decoder::Decoder, families, fields::Fields, tiny, weights::Weights};
 use crate::{
     error::Error,
     kernels::{Ops, candle::CandleOps, cpu::CpuOps},
-    model::{Cache, Context, Feed, Forward, Model, ModelInfo, Room, Start, Want},
+    model::{Cache, Context, Feed, Model, ModelInfo, Room, Start, Values, Want},
 };
 use candle_core::{DType, Device};
 use std::path::Path;
@@ -40,7 +40,7 @@ impl Case {
     }
 
     fn feed(&self, cache: &mut Box<dyn Cache>, tokens: &[u32], want: Want) -> Vec<f32> {
-        self.model.forward(&mut [Feed { tokens, cache: &mut **cache }], want).unwrap().into_host().unwrap()
+        self.model.forward(&mut [Feed { tokens, cache: &mut **cache }], want).unwrap().logits.into_host().unwrap()
     }
 
     /// The logits after every token, computed in one pass.
@@ -99,7 +99,7 @@ fn wanting_nothing_fills_the_cache() {
     for case in cases() {
         let mut cache = case.start(Room::Grow);
         let forward = case.model.forward(&mut [Feed { tokens: &IDS[..6], cache: &mut *cache }], Want::Nothing).unwrap();
-        assert!(matches!(forward, Forward::Nothing));
+        assert!(matches!(forward.logits, Values::Nothing) && matches!(forward.hidden, Values::Nothing));
         case.same(&case.feed(&mut cache, &IDS[6..], Want::Last), &case.last(&IDS));
     }
 }
@@ -120,7 +120,7 @@ fn a_ragged_batch_equals_its_rows_alone() {
             }
             let tokens = splits.map(|(ids, held)| &ids[held..]);
             let mut feeds: Vec<_> = caches.iter_mut().zip(tokens).map(|(cache, tokens)| Feed { tokens, cache: &mut **cache }).collect();
-            case.same(&case.model.forward(&mut feeds, want).unwrap().into_host().unwrap(), &alone);
+            case.same(&case.model.forward(&mut feeds, want).unwrap().logits.into_host().unwrap(), &alone);
             assert_eq!(caches.iter().map(|cache| cache.len()).collect::<Vec<_>>(), [5, 4, 10]);
         }
     }
@@ -203,7 +203,7 @@ fn a_table_of_positions_ends_and_rotary_positions_do_not() {
             }
             context => {
                 assert_eq!(context, Context::Soft(40));
-                assert!(forward.unwrap().into_host().unwrap().iter().all(|logit| logit.is_finite()));
+                assert!(forward.unwrap().logits.into_host().unwrap().iter().all(|logit| logit.is_finite()));
             }
         }
     }

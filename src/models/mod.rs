@@ -126,7 +126,7 @@ mod tests {
         let steps = if cfg!(debug_assertions) { 12 } else { 64 };
         for _ in 0..steps {
             let mut feeds: Vec<_> = caches.iter_mut().zip(&tokens).map(|(cache, tokens)| Feed { tokens, cache: &mut **cache }).collect();
-            let logits = model.forward(&mut feeds, Want::Last).unwrap().into_host().unwrap();
+            let logits = model.forward(&mut feeds, Want::Last).unwrap().logits.into_host().unwrap();
             for (row, logits) in logits.chunks(vocab).enumerate() {
                 let best = (0..vocab).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap() as u32;
                 outputs[row].push(best);
@@ -167,7 +167,7 @@ mod tests {
                 let model = load(folder.path(), &LoadOptions { dtype: Some(dtype), ..LoadOptions::default() }).unwrap();
                 let mut cache = model.start(&[Start::default()]).unwrap().remove(0);
                 let mut feed = [Feed { tokens: &[5, 6, 7, 8, 9, 10], cache: &mut *cache }];
-                model.forward(&mut feed, Want::Last).unwrap().into_host().unwrap()
+                model.forward(&mut feed, Want::Last).unwrap().logits.into_host().unwrap()
             };
             let exact = logits(Dtype::F32, DType::F32);
             let spread = exact.iter().map(|logit| logit.abs()).fold(0.0, f32::max);

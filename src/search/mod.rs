@@ -6,7 +6,8 @@ use crate::{
     config::Strategy,
     error::{Error, Result},
     logits,
-    model::{Cache, Feed, Model, Room, Start, Want},
+    model::{Cache, Feed, Forward, Model, Room, Start, Values, Want},
+    output::{FinishReason, Piece},
     plan::Plan,
     rows::Row,
 };
@@ -14,8 +15,34 @@ use std::time::{Duration, Instant};
 
 /// A way to choose tokens. One value serves one call.
 pub trait Search: Send {
-    /// Makes every live row one or more tokens longer, or ends it. Each has at least one pending token.
+    /// Makes every live row one or more tokens longer, or ends it. Each has at least one pending token. Rows whose
+    /// `finish` is set are taken away after the step, with the `number` that they have then.
     fn step(&mut self, turn: &mut Turn<'_>) -> Result<()>;
+
+    /// Rows that a prompt begins with: forks of one computed prompt, numbered one after another.
+    fn width(&self, plan: &Plan) -> usize {
+        plan.num_return_sequences
+    }
+
+    /// What the passes over all but the last tokens of prompts return.
+    fn prefill(&self) -> Want<'static> {
+        Want::Nothing
+    }
+
+    /// Takes what such a pass returned; `parts` are the prompts' indices and how many tokens of each were computed.
+    fn read(&mut self, _parts: &[(usize, usize)], _forward: Forward) -> Result<()> {
+        Ok(())
+    }
+
+    /// What became certain in a step, before ended rows are taken away.
+    fn pieces(&mut self, rows: &mut [Row]) -> Vec<Piece> {
+        rows.iter_mut().map(Row::piece).collect()
+    }
+
+    /// Ends all live rows as they are.
+    fn cancel(&mut self, rows: &mut Vec<Row>, _plan: &Plan) -> Result<()> {
+        rows.iter_mut().try_for_each(|row| row.end(FinishReason::Cancelled))
+    }
 }
 
 /// What a search works with during one step.
@@ -50,6 +77,29 @@ pub fn start(model: &dyn Model, rows: &[Start<'_>]) -> Result<Vec<Box<dyn Cache>
     Ok(caches)
 }
 
+/// A row's pending tokens.
+pub fn feed(row: &mut Row) -> Feed<'_> {
+    let from = row.cache.len();
+    Feed { tokens: row.tokens.get(from..).unwrap_or_default(), cache: row.cache.as_mut() }
+}
+
+/// One pass, whose time is added to `clock`.
+pub fn compute(model: &dyn Model, feeds: &mut [Feed<'_>], want: Want<'_>, clock: &mut Duration) -> Result<Forward> {
+    let started = Instant::now();
+    let forward = model.forward(feeds, want)?;
+    *clock += started.elapsed();
+    Ok(forward)
+}
+
+/// Rows of logits in host memory, in the number that is expected.
+pub fn host(logits: Values, rows: usize, vocab_size: usize) -> Result<Vec<f32>> {
+    let (logits, expected) = (logits.into_host()?, rows * vocab_size);
+    if logits.len() != expected {
+        return Err(Error::Unsupported(format!("the model returned {} logits, {expected} were expected", logits.len())));
+    }
+    Ok(logits)
+}
+
 impl Turn<'_> {
     /// Computes the pending tokens of every row in one pass; the logits after each row's last, row after row.
     pub fn logits(&mut self) -> Result<Vec<f32>> {
@@ -60,22 +110,9 @@ impl Turn<'_> {
                 "the model's cache holds {held} positions of a row of {len} tokens, the last not computed"
             )));
         }
-        let clock = Instant::now();
-        let mut feeds: Vec<_> = self
-            .rows
-            .iter_mut()
-            .map(|row| {
-                let from = row.cache.len();
-                Feed { tokens: row.tokens.get(from..).unwrap_or_default(), cache: row.cache.as_mut() }
-            })
-            .collect();
-        let logits = self.model.forward(&mut feeds, Want::Last)?.into_host()?;
-        *self.forward += clock.elapsed();
-        let expected = self.rows.len() * self.model.info().vocab_size;
-        if logits.len() != expected {
-            return Err(Error::Unsupported(format!("the model returned {} logits, {expected} were expected", logits.len())));
-        }
-        Ok(logits)
+        let mut feeds: Vec<_> = self.rows.iter_mut().map(feed).collect();
+        let forward = compute(self.model, &mut feeds, Want::Last, self.forward)?;
+        host(forward.logits, self.rows.len(), self.model.info().vocab_size)
     }
 
     /// Runs the processors over the scores of one row.
@@ -88,8 +125,9 @@ impl Turn<'_> {
         if self.plan.use_cache {
             return Ok(());
         }
-        let starts: Vec<_> =
-            self.rows.iter().map(|row| Start { source: row.source.as_deref().unwrap_or_default(), room: Room::Grow }).collect();
+        let starts: Vec<_> = (self.rows.iter())
+            .map(|row| Start { source: row.source.as_deref().unwrap_or_default(), len: row.tokens.len(), room: Room::Grow })
+            .collect();
         let caches = start(self.model, &starts)?;
         for (row, cache) in self.rows.iter_mut().zip(caches) {
             row.cache = cache;

@@ -16,7 +16,7 @@ use super::{Activation, Attention, Matrix, Norm, Ops, Rope, Span, StoreShape};
 use crate::{
     cache::Pages,
     error::Result,
-    model::{Forward, Room},
+    model::{Room, Values},
 };
 use isa::Level;
 
@@ -127,12 +127,16 @@ impl Ops for CpuOps {
         Ok(Act { data, width: x.width })
     }
 
-    fn logits(&self, head: &panels::Weight, x: &Act, softcap: Option<f32>) -> Result<Forward> {
+    fn values(&self, x: Act) -> Result<Values> {
+        Ok(Values::Host(x.data))
+    }
+
+    fn logits(&self, head: &panels::Weight, x: &Act, softcap: Option<f32>) -> Result<Values> {
         let mut logits = head.product(self.level, &x.data);
         if let Some(cap) = softcap {
             pointwise::softcap(self.level, cap, &mut logits);
         }
-        Ok(Forward::Host(logits))
+        Ok(Values::Host(logits))
     }
 }
 

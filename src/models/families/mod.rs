@@ -1,9 +1,11 @@
 //! The known families: `config.json` to a [`DecoderSpec`], one short function each.
 
+mod classic;
+mod rotary;
+
 use super::{
-    fields::{COUNT, Fields, WIDTH},
-    rope::rope,
-    spec::{DecoderSpec, Head, Layout, Linear, Mlp, Norm, NormKind, Positions, Qkv, Residual},
+    fields::Fields,
+    spec::{DecoderSpec, Head},
 };
 use crate::{
     error::{Error, Result},
@@ -12,7 +14,8 @@ use crate::{
 
 type Family = fn(&Fields) -> Result<DecoderSpec>;
 
-const FAMILIES: [(&str, Family); 4] = [("gpt2", gpt2), ("llama", llama), ("qwen2", qwen2), ("gemma2", gemma2)];
+const FAMILIES: [(&str, Family); 4] =
+    [("gpt2", classic::gpt2), ("llama", rotary::llama), ("qwen2", rotary::qwen2), ("gemma2", rotary::gemma2)];
 
 const ENCODER_DECODERS: [&str; 8] = ["t5", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "m2m_100"];
 
@@ -33,198 +36,6 @@ pub(crate) fn spec(config: &Fields) -> Result<DecoderSpec> {
         }
     }
 }
-
-fn gpt2(config: &Fields) -> Result<DecoderSpec> {
-    if config.flag("add_cross_attention", false)? {
-        return Err(Error::Unsupported("add_cross_attention: gpt2 as part of an encoder-decoder model".into()));
-    }
-    let hidden = config.size("n_embd", 768, WIDTH)?;
-    let heads = config.size("n_head", 12, COUNT)?;
-    let head_dim = share(config, "n_head", hidden, heads)?;
-    let scale = if config.flag("scale_attn_weights", true)? { (head_dim as f64).powf(-0.5) } else { 1.0 };
-    let by_layer = config.flag("scale_attn_by_inverse_layer_idx", false)?;
-    let attention = |layer: usize| {
-        let scale = if by_layer { scale / (layer + 1) as f64 } else { scale };
-        Attention { heads, kv_heads: heads, head_dim, scale: scale as f32, softcap: None, window: None }
-    };
-    Ok(DecoderSpec {
-        family: "gpt2",
-        base: "transformer.",
-        vocab: config.size("vocab_size", 50_257, WIDTH)?,
-        hidden,
-        embedding: "wte",
-        embedding_scale: None,
-        positions: Positions::Learned { name: "wpe", len: config.size("n_positions", 1024, WIDTH)? },
-        layer: "h.",
-        attention: (0..config.size("n_layer", 12, COUNT)?).map(attention).collect(),
-        layout: Layout::Conv1d,
-        qkv: Qkv::Fused(Linear { name: "attn.c_attn", bias: true }),
-        out: Linear { name: "attn.c_proj", bias: true },
-        mlp: Mlp::Plain {
-            up: Linear { name: "mlp.c_fc", bias: true },
-            down: Linear { name: "mlp.c_proj", bias: true },
-            inner: config.optional_size("n_inner", None, WIDTH)?.unwrap_or(4 * hidden),
-            activation: activation(config, "activation_function", "gelu_new")?,
-        },
-        norm: Norm { kind: NormKind::Layer, eps: config.positive("layer_norm_epsilon", 1e-5)? as f32 },
-        residual: Residual::Pre { attention: "ln_1", mlp: "ln_2" },
-        final_norm: "ln_f",
-        head: head(config, true)?,
-        softcap: None,
-    })
-}
-
-fn llama(config: &Fields) -> Result<DecoderSpec> {
-    let bias = config.flag("attention_bias", false)?;
-    let shape = Shape {
-        family: "llama",
-        vocab: 32_000,
-        hidden: 4096,
-        inner: 11_008,
-        layers: 32,
-        heads: 32,
-        kv_heads: None,
-        head_dim: None,
-        positions: 2048,
-        activation: activation(config, "hidden_act", "silu")?,
-        qkv_bias: bias,
-        out_bias: bias,
-        mlp_bias: config.flag("mlp_bias", false)?,
-        tied: false,
-    };
-    rotary(config, shape)
-}
-
-fn qwen2(config: &Fields) -> Result<DecoderSpec> {
-    let shape = Shape {
-        family: "qwen2",
-        vocab: 151_936,
-        hidden: 4096,
-        inner: 22_016,
-        layers: 32,
-        heads: 32,
-        // HF: where the field is absent the reference takes 32, not the number of heads.
-        kv_heads: Some(32),
-        head_dim: None,
-        positions: 32_768,
-        activation: activation(config, "hidden_act", "silu")?,
-        qkv_bias: true,
-        out_bias: false,
-        mlp_bias: false,
-        tied: false,
-    };
-    let mut spec = rotary(config, shape)?;
-    let window = match config.flag("use_sliding_window", false)? {
-        true => config.optional_size("sliding_window", Some(4096), WIDTH)?,
-        false => None,
-    };
-    let first = config.number("max_window_layers", 28)?;
-    windows(config, &mut spec.attention, window, |layer| window.is_some() && layer >= first)?;
-    Ok(spec)
-}
-
-fn gemma2(config: &Fields) -> Result<DecoderSpec> {
-    if config.flag("use_bidirectional_attention", false)? {
-        return Err(Error::Unsupported("use_bidirectional_attention: a model that does not generate".into()));
-    }
-    let bias = config.flag("attention_bias", false)?;
-    let shape = Shape {
-        family: "gemma2",
-        vocab: 256_000,
-        hidden: 2304,
-        inner: 9216,
-        layers: 26,
-        heads: 8,
-        kv_heads: Some(4),
-        head_dim: Some(256),
-        positions: 8192,
-        activation: activation(config, "hidden_activation", "gelu_pytorch_tanh")?,
-        qkv_bias: bias,
-        out_bias: bias,
-        mlp_bias: false,
-        tied: true,
-    };
-    let mut spec = rotary(config, shape)?;
-    let scale = config.positive("query_pre_attn_scalar", 256.0)?.powf(-0.5) as f32;
-    let softcap = config.optional_positive("attn_logit_softcapping", Some(50.0))?.map(|cap| cap as f32);
-    for attention in &mut spec.attention {
-        *attention = Attention { scale, softcap, ..attention.clone() };
-    }
-    windows(config, &mut spec.attention, config.optional_size("sliding_window", Some(4096), WIDTH)?, |layer| layer % 2 == 0)?;
-    spec.embedding_scale = Some((spec.hidden as f64).sqrt() as f32);
-    spec.norm.kind = NormKind::RmsPlusOne;
-    spec.residual = Residual::PrePost {
-        attention: ["input_layernorm", "post_attention_layernorm"],
-        mlp: ["pre_feedforward_layernorm", "post_feedforward_layernorm"],
-    };
-    spec.softcap = config.optional_positive("final_logit_softcapping", Some(30.0))?.map(|cap| cap as f32);
-    Ok(spec)
-}
-
-/// What families shaped like llama choose; sizes are the reference's defaults for absent fields.
-struct Shape {
-    family: &'static str,
-    vocab: usize,
-    hidden: usize,
-    inner: usize,
-    layers: usize,
-    heads: usize,
-    /// As many as heads if none.
-    kv_heads: Option<usize>,
-    /// The heads' share of the width if none.
-    head_dim: Option<usize>,
-    positions: usize,
-    activation: Activation,
-    qkv_bias: bool,
-    out_bias: bool,
-    mlp_bias: bool,
-    tied: bool,
-}
-
-/// The shape of llama, which most families share: rotary positions, grouped heads, root-mean-square norms, a gated MLP.
-fn rotary(config: &Fields, shape: Shape) -> Result<DecoderSpec> {
-    let hidden = config.size("hidden_size", shape.hidden, WIDTH)?;
-    let heads = config.size("num_attention_heads", shape.heads, COUNT)?;
-    let kv_heads = config.optional_size("num_key_value_heads", shape.kv_heads, COUNT)?.unwrap_or(heads);
-    if heads % kv_heads != 0 {
-        return Err(config.error("num_key_value_heads", kv_heads, &format!("a divisor of num_attention_heads = {heads} is accepted")));
-    }
-    let head_dim = match config.optional_size("head_dim", shape.head_dim, COUNT)? {
-        Some(head_dim) => head_dim,
-        None => share(config, "num_attention_heads", hidden, heads)?,
-    };
-    let trained = config.size("max_position_embeddings", shape.positions, WIDTH)?;
-    let attention = Attention { heads, kv_heads, head_dim, scale: (head_dim as f64).powf(-0.5) as f32, softcap: None, window: None };
-    let qkv = |name| Linear { name, bias: shape.qkv_bias };
-    let mlp = |name| Linear { name, bias: shape.mlp_bias };
-    Ok(DecoderSpec {
-        family: shape.family,
-        base: "model.",
-        vocab: config.size("vocab_size", shape.vocab, WIDTH)?,
-        hidden,
-        embedding: "embed_tokens",
-        embedding_scale: None,
-        positions: Positions::Rope { rope: rope(config, head_dim, trained)?, trained },
-        layer: "layers.",
-        attention: vec![attention; config.size("num_hidden_layers", shape.layers, COUNT)?],
-        layout: Layout::Linear,
-        qkv: Qkv::Split([qkv("self_attn.q_proj"), qkv("self_attn.k_proj"), qkv("self_attn.v_proj")]),
-        out: Linear { name: "self_attn.o_proj", bias: shape.out_bias },
-        mlp: Mlp::Gated {
-            gate: mlp("mlp.gate_proj"),
-            up: mlp("mlp.up_proj"),
-            down: mlp("mlp.down_proj"),
-            inner: config.size("intermediate_size", shape.inner, WIDTH)?,
-            activation: shape.activation,
-        },
-        norm: Norm { kind: NormKind::Rms, eps: config.positive("rms_norm_eps", 1e-6)? as f32 },
-        residual: Residual::Pre { attention: "input_layernorm", mlp: "post_attention_layernorm" },
-        final_norm: "norm",
-        head: head(config, shape.tied)?,
-        softcap: None,
-    })
-}
-
 /// The heads' share of the width.
 fn share(config: &Fields, field: &str, hidden: usize, heads: usize) -> Result<usize> {
     match hidden % heads {
@@ -276,6 +87,7 @@ fn activation(config: &Fields, field: &str, default: &str) -> Result<Activation>
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::models::spec::{Mlp, Positions};
     use crate::models::tiny;
     use serde_json::{Value, json};
 
