@@ -1,7 +1,7 @@
 //! Bad input: each is a clear error that names the field or the file, before anything is computed or allocated.
 
 use candle_generate::{
-    Cache, Error, Feed, Forward, GenerationConfig, Generator, Model, ModelInfo, Prompt, Result, Start, Want, candle_core::DType,
+    Cache, Error, Feed, Forward, GenerationConfig, Generator, Model, ModelInfo, Prompt, Result, Start, Values, Want, candle_core::DType,
 };
 use proptest::prelude::*;
 use std::{
