@@ -2,7 +2,7 @@
 
 use crate::{
     error::Result,
-    logits::{History, pick},
+    logits::{History, Surprise, pick},
     model::Cache,
     output::{FinishReason, Piece, Sequence, TokenLogProb},
     plan::{Plan, Record},
@@ -26,6 +26,8 @@ pub struct Row {
     pub source: Option<Arc<[u32]>>,
     /// What its draws depend on.
     pub seed: u64,
+    /// What its draws remember.
+    pub surprise: Surprise,
     /// Its keys and values.
     pub cache: Box<dyn Cache>,
     /// Why it ended, once it has.
@@ -90,6 +92,7 @@ impl Row {
             tokens,
             source,
             seed: 0,
+            surprise: Surprise::default(),
             cache,
             finish: None,
             stop_string: None,

@@ -269,3 +269,38 @@ fn messages_are_prompts() {
     let ids = STORYTELLER.encode(vec![candle_generate::Message::user("Hello!")]).unwrap();
     assert_eq!((ids[0], ids[1], *ids.last().unwrap()), (1, 4, 5));
 }
+
+/// XTC's coin and mirostat's memory are the row's own.
+#[test]
+fn draws_with_a_memory_do_not_depend_on_company() {
+    let generator = &STORYTELLER;
+    let base = || GenerationConfig::sampling().max_new_tokens(24);
+    let configs = [
+        base().mirostat_tau(0.5).mirostat_eta(0.3),
+        base().xtc_probability(0.5).xtc_threshold(0.05),
+        base().dry_multiplier(2.0).frequency_penalty(1.5).presence_penalty(2.0).top_n_sigma(2.0).logit_bias([(5, -3.0)]),
+    ];
+    let plain = generator.generate("Once upon a time", &base().seed(1)).unwrap();
+    for config in configs {
+        let prompts = ["The king", "Once upon a time", "It was"];
+        let together = generator.generate_batch(prompts, &config.clone().num_return_sequences(2).seed(1)).unwrap();
+        for row in &together.sequences {
+            let alone = generator.generate(prompts[row.prompt], &config.clone().seed(row.seed.unwrap())).unwrap();
+            assert_eq!(alone.tokens(), row.tokens);
+        }
+        assert_ne!(generator.generate("Once upon a time", &config.seed(1)).unwrap().tokens(), plain.tokens());
+    }
+}
+
+#[test]
+fn dry_ends_a_loop() {
+    let generator = &STORYTELLER;
+    let config = GenerationConfig::greedy().max_new_tokens(120).eos_token_id(-1);
+    let repeated = |config: &GenerationConfig| {
+        let output = generator.generate("the wolf and the wolf and the wolf and the", config).unwrap();
+        let windows: Vec<_> = output.tokens().windows(8).map(<[u32]>::to_vec).collect();
+        windows.len() - windows.iter().collect::<std::collections::HashSet<_>>().len()
+    };
+    assert!(repeated(&config) > 0, "without it the storyteller repeats itself");
+    assert_eq!(repeated(&config.clone().dry_multiplier(5.0)), 0);
+}

@@ -14,7 +14,7 @@ use crate::{
     stop::{CancelToken, StoppingCriteria},
 };
 use serde_json::{Map, Value};
-use std::{fmt, sync::Arc};
+use std::{collections::BTreeMap, fmt, sync::Arc};
 use value::Field;
 
 /// Declares the config: for each line a public `Option` field and a setter of the same name, and all that has to go through the whole list.
@@ -179,6 +179,16 @@ fields! {
     epsilon_cutoff: f64,
     /// Drops tokens below a probability that depends on the entropy.
     eta_cutoff: f64,
+    /// Draws among scores within so many standard deviations of the best.
+    top_n_sigma: f64,
+    /// How often XTC leaves out the most likely tokens; 0 is off.
+    xtc_probability: f64,
+    /// The probability from which XTC counts a token as likely; 0.1 unless set.
+    xtc_threshold: f64,
+    /// Mirostat's surprise, in bits: replaces all other ways to shape a draw but `temperature`.
+    mirostat_tau: f64,
+    /// How fast mirostat adapts; 0.1 unless set.
+    mirostat_eta: f64,
     /// The seed of the first row; the other rows' are derived from it.
     seed: u64 as Seed,
     /// One seed for each row of the call. Wins over `seed`.
@@ -190,6 +200,18 @@ fields! {
     penalty_scope: PenaltyScope,
     /// Ids that never pay.
     penalty_exempt_ids: Vec<u32>,
+    /// What a generated token pays for each time it was generated; 0 is off.
+    frequency_penalty: f64,
+    /// What a generated token pays once; 0 is off.
+    presence_penalty: f64,
+    /// What a token pays that continues a repetition; 0 is off.
+    dry_multiplier: f64,
+    /// The factor for each further token of the repetition; 1.75 unless set.
+    dry_base: f64,
+    /// The length up to which repetitions are free; 2 unless set.
+    dry_allowed_length: i64 as Int,
+    /// Strings that no repetition reaches across: line ends, colons, quotes and asterisks unless set.
+    dry_sequence_breakers: Vec<String>,
     /// What tokens of the source gain; 1 is off.
     encoder_repetition_penalty: f64,
     /// No n-gram of this size twice; 0 is off.
@@ -202,6 +224,8 @@ fields! {
     bad_words: OneOrMany<String>,
     /// Added to the score of the last id of each sequence, after its other ids.
     sequence_bias: Vec<(Vec<u32>, f64)>,
+    /// Added to the scores of these ids.
+    logit_bias: BTreeMap<u32, f64>,
     /// Words to steer towards.
     keyword_boost: Boost,
     /// Ids never chosen.

@@ -4,6 +4,7 @@ use super::Strategy;
 use crate::{error::Problem, logits::PenaltyScope};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 
 /// A whole number of any width, as the setters take it. Negative ones can be set, so that a mistake is reported with its value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,6 +134,8 @@ serde_fields! {
     f64: "a number",
     String: "a string",
     Value: "any value",
+    Vec<String>: "a list of strings",
+    BTreeMap<u32, f64>: "an object from token ids to numbers",
     Vec<u32>: "a list of token ids",
     Vec<u64>: "a list of integers from 0 up",
     Vec<Vec<u32>>: "a list of lists of token ids",

@@ -3,6 +3,8 @@
 //! A processor is a pure function of the row's own [`History`]; nothing here remembers anything between steps.
 
 mod ban;
+mod draw;
+mod dry;
 mod penalty;
 pub mod pick;
 mod rank;
@@ -10,6 +12,8 @@ mod softmax;
 mod warp;
 
 pub use ban::*;
+pub use draw::*;
+pub use dry::*;
 pub use penalty::*;
 pub use warp::*;
 

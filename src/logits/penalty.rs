@@ -10,6 +10,25 @@ pub struct SequenceBias {
     pub biases: Vec<(Vec<u32>, f32)>,
 }
 
+/// Adds a bias to tokens, whatever came before (`logit_bias`).
+#[derive(Debug, Clone)]
+pub struct LogitBias {
+    /// Ids and what is added to their scores.
+    pub biases: Vec<(u32, f32)>,
+}
+
+/// Makes generated tokens less likely by each time they were generated (`frequency_penalty`) and once for all
+/// (`presence_penalty`).
+#[derive(Debug, Clone)]
+pub struct CountPenalty {
+    /// What a token pays for each time.
+    pub frequency: f32,
+    /// What it pays once.
+    pub presence: f32,
+    /// Ids never penalised.
+    pub exempt: Vec<u32>,
+}
+
 /// Makes seen tokens less likely (`repetition_penalty`, CTRL, <https://arxiv.org/abs/1909.05858>).
 #[derive(Debug, Clone)]
 pub struct RepetitionPenalty {
@@ -89,6 +108,40 @@ impl LogitsProcessor for SequenceBias {
         for biases in due.chunk_by(|a, b| a.0 == b.0) {
             if let Some(score) = biases.first().and_then(|&(id, _)| scores.get_mut(id as usize)) {
                 *score += biases.iter().map(|&(_, bias)| bias).sum::<f32>();
+            }
+        }
+        Ok(())
+    }
+}
+
+impl LogitsProcessor for LogitBias {
+    fn name(&self) -> &str {
+        "logit_bias"
+    }
+
+    fn process(&self, _: &History<'_>, scores: &mut [f32]) -> Result<()> {
+        for &(id, bias) in &self.biases {
+            if let Some(score) = scores.get_mut(id as usize) {
+                *score += bias;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl LogitsProcessor for CountPenalty {
+    fn name(&self) -> &str {
+        if self.frequency == 0.0 { "presence_penalty" } else { "frequency_penalty" }
+    }
+
+    fn process(&self, history: &History<'_>, scores: &mut [f32]) -> Result<()> {
+        let mut tokens = history.generated().to_vec();
+        tokens.sort_unstable();
+        for same in tokens.chunk_by(|a, b| a == b) {
+            if let Some(score) = scores.get_mut(same[0] as usize)
+                && !self.exempt.contains(&same[0])
+            {
+                *score -= self.frequency * same.len() as f32 + self.presence;
             }
         }
         Ok(())
@@ -225,6 +278,22 @@ mod tests {
         assert_eq!(processed(&bias, &history(&[5, 1]), &ROW), [3.5, -2.0, -1.8500001, -INF, -0.7, 0.0]);
         let opposite = biases(&[(&[2], 1e8), (&[1, 2], -1e8)]);
         assert_eq!(processed(&opposite, &history(&[1]), &[0.1; 3]), [0.1; 3]);
+    }
+
+    #[test]
+    fn logit_bias_acts_whatever_came_before() {
+        let bias = LogitBias { biases: vec![(1, 2.5), (3, -INF), (9, 1.0)] };
+        assert_eq!(processed(&bias, &history(&[5, 1]), &ROW), [1.5, 0.5, 0.3, -INF, -0.7, 0.0]);
+    }
+
+    #[test]
+    fn count_penalties_look_at_what_was_generated() {
+        let penalty = |frequency, presence| CountPenalty { frequency, presence, exempt: vec![4] };
+        let seen = [0, 1, 2, 3, 1, 3, 4, 3, 9];
+        assert_eq!(processed(&penalty(0.5, 0.0), &history(&seen), &ROW), [1.5, -2.5, 0.3, 2.5, -0.7, 0.0]);
+        assert_eq!(processed(&penalty(0.0, 1.0), &history(&seen), &ROW), [1.5, -3.0, 0.3, 3.0, -0.7, 0.0]);
+        assert_eq!(processed(&penalty(0.5, -1.0), &history(&seen), &ROW), [1.5, -1.5, 0.3, 3.5, -0.7, 0.0]);
+        assert_eq!(processed(&penalty(0.5, 1.0), &history(&[3, 3, 3]), &ROW), ROW);
     }
 
     #[test]

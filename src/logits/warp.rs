@@ -20,6 +20,14 @@ pub struct TopH {
     pub top_h: f32,
 }
 
+/// Keeps scores within so many standard deviations of the best (`top_n_sigma`, <https://arxiv.org/abs/2411.07641>). The
+/// temperature does not change which.
+#[derive(Debug, Clone)]
+pub struct TopNSigma {
+    /// Above 0.
+    pub top_n_sigma: f32,
+}
+
 /// Keeps the `k` highest scores and their ties (`top_k`, <https://arxiv.org/abs/1805.04833>).
 #[derive(Debug, Clone)]
 pub struct TopK {
@@ -110,6 +118,24 @@ impl LogitsProcessor for TopH {
         let kept = within.count().max(1);
         drop_if(scores, |score| !score.is_nan()); // NaN stays, to be reported
         restore(scores, &best[..kept]);
+        Ok(())
+    }
+}
+
+impl LogitsProcessor for TopNSigma {
+    fn name(&self) -> &str {
+        "top_n_sigma"
+    }
+
+    fn process(&self, _: &History<'_>, scores: &mut [f32]) -> Result<()> {
+        let Some(row) = Softmax::of(scores) else { return Ok(()) };
+        // Of what is possible: a ban must not move the cutoff.
+        let possible = || scores.iter().filter(|score| score.is_finite()).map(|&score| f64::from(score - row.max));
+        let (count, sum) = possible().fold((0.0, 0.0), |(count, sum), below| (count + 1.0, sum + below));
+        let mean = sum / count;
+        let deviation = (possible().map(|below| (below - mean).powi(2)).sum::<f64>() / count).sqrt();
+        let cutoff = row.max - (f64::from(self.top_n_sigma) * deviation) as f32;
+        drop_if(scores, |score| score < cutoff);
         Ok(())
     }
 }
@@ -286,6 +312,20 @@ mod tests {
         assert_eq!(scores.len(), row.len());
         assert!(scores.iter().zip(row).all(|(new, old)| new.to_bits() == old.to_bits() || *new == -INF));
         (0..row.len()).filter(|&id| scores[id] > -INF).collect()
+    }
+
+    #[test]
+    fn top_n_sigma_counts_deviations_from_the_best() {
+        let warper = |top_n_sigma| TopNSigma { top_n_sigma };
+        // Of the seven that are possible the mean is 15/14 and the deviation 1.2657.
+        assert_eq!(kept(&warper(0.5), &ROW), [4]);
+        assert_eq!(kept(&warper(0.8), &ROW), [1, 2, 4]);
+        assert_eq!(kept(&warper(1.6), &ROW), [1, 2, 4, 6]);
+        assert_eq!(kept(&warper(9.0), &ROW), [0, 1, 2, 3, 4, 5, 6]);
+        assert_eq!(kept(&warper(1.0), &[2.0; 5]), [0, 1, 2, 3, 4]);
+        assert_eq!(kept(&warper(1.0), &[-INF, 2.0]), [1]);
+        let cooled = ROW.map(|score| score * 10.0);
+        assert_eq!(kept(&warper(0.8), &cooled), [1, 2, 4]);
     }
 
     fn top_k(top_k: usize, min_tokens_to_keep: usize) -> TopK {

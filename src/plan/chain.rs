@@ -32,6 +32,9 @@ fn shape(check: &mut Check<'_>, eos: &[u32], keywords: Option<&Keywords>) -> Vec
     if let Some(biases) = biases(check) {
         list.push(Arc::new(SequenceBias { biases }));
     }
+    if let Some(biases) = logit_bias(check) {
+        list.push(Arc::new(LogitBias { biases }));
+    }
     if let Some(keywords) = keywords {
         list.push(Arc::new(keywords.boost.clone()));
     }
@@ -43,7 +46,16 @@ fn shape(check: &mut Check<'_>, eos: &[u32], keywords: Option<&Keywords>) -> Vec
     let exempt = check.ids("penalty_exempt_ids", config.penalty_exempt_ids.iter().flatten().map(|&id| id.into()));
     let penalty = check.number("repetition_penalty", config.repetition_penalty, "a number above 0", positive);
     if let Some(penalty) = penalty.filter(|&penalty| penalty != 1.0) {
-        list.push(Arc::new(RepetitionPenalty { penalty, scope: config.penalty_scope.unwrap_or_default(), exempt }));
+        list.push(Arc::new(RepetitionPenalty { penalty, scope: config.penalty_scope.unwrap_or_default(), exempt: exempt.clone() }));
+    }
+    let mut penalty = |field, value| check.number(field, value, "a finite number", f32::is_finite).unwrap_or(0.0);
+    let frequency = penalty("frequency_penalty", config.frequency_penalty);
+    let presence = penalty("presence_penalty", config.presence_penalty);
+    if frequency != 0.0 || presence != 0.0 {
+        list.push(Arc::new(CountPenalty { frequency, presence, exempt }));
+    }
+    if let Some(dry) = dry(check) {
+        list.push(Arc::new(dry));
     }
     if let Some(size @ 1..) = check.whole("no_repeat_ngram_size", config.no_repeat_ngram_size, 0) {
         list.push(Arc::new(NoRepeatNgram { size }));
@@ -114,8 +126,14 @@ fn warp(check: &mut Check<'_>, eos: &[u32]) -> Vec<Arc<dyn LogitsProcessor>> {
     if let Some(temperature) = temperature.filter(|&temperature| temperature != 1.0) {
         list.push(Arc::new(Temperature { temperature }));
     }
+    if check.draws_by_surprise() {
+        return list;
+    }
     if let Some(top_h) = check.number("top_h", config.top_h, "a number above 0, at most 1", |x| x > 0.0 && x <= 1.0) {
         list.push(Arc::new(TopH { top_h }));
+    }
+    if let Some(top_n_sigma) = check.number("top_n_sigma", config.top_n_sigma, "a number above 0", |x| x > 0.0 && x.is_finite()) {
+        list.push(Arc::new(TopNSigma { top_n_sigma }));
     }
     if let Some(top_k @ 1..) = check.whole("top_k", config.top_k, 0) {
         list.push(Arc::new(TopK { top_k, min_tokens_to_keep }));
@@ -178,6 +196,24 @@ fn biases(check: &mut Check<'_>) -> Option<Vec<(Vec<u32>, f32)>> {
     let mut biases: Vec<_> = last.collect();
     biases.reverse();
     Some(biases)
+}
+
+fn logit_bias(check: &mut Check<'_>) -> Option<Vec<(u32, f32)>> {
+    let biases = check.config.logit_bias.as_ref()?;
+    if biases.values().any(|bias| bias.is_nan()) {
+        check.refuse("logit_bias", json!(biases), "accepted are numbers");
+    }
+    check.ids("logit_bias", biases.keys().map(|&id| id.into()));
+    Some(biases.iter().map(|(&id, &bias)| (id, bias as f32)).collect())
+}
+
+fn dry(check: &mut Check<'_>) -> Option<Dry> {
+    let config = check.config;
+    let multiplier = check.number("dry_multiplier", config.dry_multiplier, "a number from 0 up", |x| x >= 0.0 && x.is_finite());
+    let base = check.number("dry_base", config.dry_base.or(Some(1.75)), "a number from 1 up", |x| x >= 1.0 && x.is_finite());
+    let allowed_length = check.whole("dry_allowed_length", config.dry_allowed_length.or(Some(2)), 1);
+    let multiplier = multiplier.filter(|&multiplier| multiplier > 0.0)?;
+    Some(Dry { multiplier, base: base?, allowed_length: allowed_length?, breakers: check.breakers() })
 }
 
 fn bad_words(check: &mut Check<'_>, eos: &[u32]) -> Vec<Vec<u32>> {

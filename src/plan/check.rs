@@ -4,11 +4,15 @@ use super::{Capacity, Length, Merged, Origin, Record, Seeds};
 use crate::{
     config::{GenerationConfig, OneOrMany, Strategy},
     error::{Error, Problem, Result},
+    logits::{Breakers, Draw},
     model::ModelInfo,
     text::{StopStrings, Tokenizer},
 };
 use serde_json::json;
-use std::{collections::HashSet, fmt::Display, time::Duration};
+use std::{collections::HashSet, fmt::Display, sync::Arc, time::Duration};
+
+/// What ends repetitions unless the config says otherwise.
+const DRY_BREAKERS: [&str; 4] = ["\n", ":", "\"", "*"];
 
 /// The modes that this version offers.
 fn built(strategy: &Strategy) -> bool {
@@ -104,6 +108,62 @@ impl<'a> Check<'a> {
             }
         }
         tokenised
+    }
+
+    /// What repetitions do not reach across.
+    pub fn breakers(&mut self) -> Breakers {
+        let field = "dry_sequence_breakers";
+        let set = self.config.dry_sequence_breakers.as_deref();
+        let strings = set.map_or_else(|| DRY_BREAKERS.map(String::from).to_vec(), <[String]>::to_vec);
+        let Some(tokenizer) = self.tokenizer else {
+            if set.is_some_and(|set| !set.is_empty()) {
+                self.refuse(field, json!(set), "strings need a tokenizer, and the generator has none");
+            }
+            return Breakers::default();
+        };
+        if strings.iter().any(String::is_empty) {
+            self.refuse(field, json!(set), "accepted are strings that are not empty");
+            return Breakers::default();
+        }
+        let breaks = |text: &str| strings.iter().any(|breaker| text.contains(breaker.as_str()));
+        let tokens = tokenizer.texts().iter().filter(|(_, text)| breaks(text)).map(|&(id, _)| id).collect();
+        let several = strings.iter().flat_map(|breaker| tokenizer.variants(breaker).unwrap_or_default());
+        Breakers { tokens: Arc::new(tokens), sequences: several.filter(|sequence| sequence.len() > 1).collect() }
+    }
+
+    /// How a token is drawn.
+    pub fn draw(&mut self) -> Draw {
+        let config = self.config;
+        let part = |x: f32| (0.0..=1.0).contains(&x);
+        let probability = self.number("xtc_probability", config.xtc_probability, "a number from 0 to 1", part);
+        let threshold = self.number("xtc_threshold", config.xtc_threshold.or(Some(0.1)), "a number from 0 to 1", part);
+        let positive = |x: f32| x > 0.0 && x.is_finite();
+        let tau = self.number("mirostat_tau", config.mirostat_tau, "a number of bits above 0", positive);
+        let eta = self.number("mirostat_eta", config.mirostat_eta.or(Some(0.1)), "a number above 0", positive);
+        let draw = match (tau, eta, probability, threshold) {
+            (Some(tau), Some(eta), ..) => Draw::Mirostat { tau, eta },
+            (None, _, Some(probability), Some(threshold)) if probability > 0.0 => Draw::Xtc { probability, threshold },
+            _ => Draw::Plain,
+        };
+        let field = match draw {
+            Draw::Plain => return draw,
+            Draw::Xtc { .. } => "xtc_probability",
+            Draw::Mirostat { .. } => "mirostat_tau",
+        };
+        match self.strategy {
+            Strategy::Sample => draw,
+            other if other.samples() => {
+                let reason = format!("accepted with the mode sample, where a row draws one token a step; this is {}", other.name());
+                self.refuse(field, self.config.entries().get(field).cloned().unwrap_or_default(), reason);
+                Draw::Plain
+            }
+            _ => Draw::Plain,
+        }
+    }
+
+    /// Whether mirostat stands in place of the processors of a draw.
+    pub fn draws_by_surprise(&self) -> bool {
+        self.config.mirostat_tau.is_some()
     }
 
     /// The mode, and what no mode offers yet.

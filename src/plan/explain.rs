@@ -58,6 +58,17 @@ fn unused(field: &str, merged: &Merged, info: &ModelInfo, eos: &[u32]) -> Option
         "min_length" | "min_new_tokens" if eos.is_empty() => Some("no end token is known".into()),
         "seed" if strategy.samples() && config.seeds.is_some() => Some("seeds decides".into()),
         "top_k" if matches!(strategy, Strategy::Contrastive { .. }) => None,
+        "top_k" | "top_p" | "min_p" | "top_h" | "top_n_sigma" | "typical_p" | "epsilon_cutoff" | "eta_cutoff" | "xtc_probability"
+            if strategy.samples() && config.mirostat_tau.is_some() =>
+        {
+            Some("mirostat_tau stands in its place".into())
+        }
+        "xtc_threshold" if config.xtc_probability.is_none_or(|p| p == 0.0) => Some("xtc_probability is off".into()),
+        "mirostat_eta" if config.mirostat_tau.is_none() => Some("mirostat_tau is not set".into()),
+        "dry_base" | "dry_allowed_length" | "dry_sequence_breakers" if config.dry_multiplier.is_none_or(|x| x == 0.0) => {
+            Some("dry_multiplier is off".into())
+        }
+        "xtc_probability" | "xtc_threshold" | "mirostat_tau" | "mirostat_eta" | "top_n_sigma" if !strategy.samples() => by_mode(),
         "temperature" | "top_k" | "top_p" | "min_p" | "top_h" | "typical_p" | "epsilon_cutoff" | "eta_cutoff" | "seed" | "seeds"
             if !strategy.samples() =>
         {

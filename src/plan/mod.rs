@@ -11,7 +11,7 @@ pub use merge::Origin;
 use crate::{
     config::{GenerationConfig, Strategy},
     error::Result,
-    logits::{KeywordBoost, LogitsProcessor},
+    logits::{Draw, KeywordBoost, LogitsProcessor},
     model::{ModelInfo, Room},
     stop::{CancelToken, StoppingCriteria},
     text::{StopStrings, Tokenizer},
@@ -28,6 +28,8 @@ pub struct Plan {
     pub strategy: Strategy,
     /// The processors, in the order in which they run.
     pub processors: Vec<Arc<dyn LogitsProcessor>>,
+    /// How sampling draws a token from the processed scores.
+    pub draw: Draw,
     /// Names the keywords of `keyword_boost`, in the order of its processor.
     pub keywords: Option<Keywords>,
     /// When a row ends by its length.
@@ -162,6 +164,7 @@ impl Plan {
         let plan = Self {
             strategy: merged.strategy.clone(),
             keywords,
+            draw: check.draw(),
             length: check.length(),
             stop_token_ids: check.stop_token_ids(),
             stops: check.stops(),

@@ -103,6 +103,56 @@ fn processors_run_in_the_order_of_the_reference() {
 }
 
 #[test]
+fn samplers_of_ours_have_their_places() {
+    let ours = json!({
+        "do_sample": true, "sequence_bias": [[[5], 1.0]], "logit_bias": {"6": 1.5}, "encoder_repetition_penalty": 1.5,
+        "repetition_penalty": 1.2, "frequency_penalty": 0.5, "presence_penalty": 0.25, "dry_multiplier": 0.8,
+        "no_repeat_ngram_size": 3, "temperature": 0.5, "top_n_sigma": 1.0, "top_p": 0.9, "xtc_probability": 0.5,
+    });
+    let order = ["SequenceBias", "LogitBias", "EncoderRepetitionPenalty", "RepetitionPenalty", "CountPenalty", "Dry", "NoRepeatNgram"];
+    let found = plan(ours.clone()).unwrap();
+    assert_eq!(types(&found), [&order[..], &["Temperature", "TopNSigma", "TopK", "TopP"]].concat());
+    assert_eq!(found.draw, Draw::Xtc { probability: 0.5, threshold: 0.1 });
+
+    let mut surprised = ours;
+    surprised["mirostat_tau"] = json!(4);
+    let found = plan(surprised).unwrap();
+    assert_eq!(types(&found), [&order[..], &["Temperature"]].concat());
+    assert_eq!(found.draw, Draw::Mirostat { tau: 4.0, eta: 0.1 });
+    for field in ["top_p", "top_n_sigma", "xtc_probability"] {
+        assert_eq!(setting(&found, field).unwrap().unused.as_deref(), Some("mirostat_tau stands in its place"), "{field}");
+    }
+    let greedy = plan(json!({"mirostat_tau": 4, "xtc_probability": 0.5, "dry_base": 2})).unwrap();
+    assert_eq!(greedy.draw, Draw::Plain);
+    assert_eq!(setting(&greedy, "mirostat_tau").unwrap().unused.as_deref(), Some("not used by greedy"));
+    assert_eq!(setting(&greedy, "dry_base").unwrap().unused.as_deref(), Some("dry_multiplier is off"));
+    assert!(types(&plan(json!({"dry_multiplier": 0, "frequency_penalty": 0, "xtc_probability": 0})).unwrap()).is_empty());
+}
+
+#[test]
+fn samplers_of_ours_refuse_what_they_cannot_do() {
+    let wrong = json!({
+        "do_sample": true, "logit_bias": {"5000": 1.0}, "presence_penalty": 1e300, "dry_multiplier": -1, "dry_base": 0.5,
+        "dry_allowed_length": 0, "top_n_sigma": 0, "xtc_probability": 1.5, "xtc_threshold": -1, "mirostat_tau": 0, "mirostat_eta": 0,
+    });
+    let mut fields: Vec<_> = wrong.as_object().unwrap().keys().filter(|key| *key != "do_sample").cloned().collect();
+    let mut found = refused(plan(wrong));
+    // Mirostat takes the place of what it replaces even where its own number is wrong.
+    fields.retain(|field| field != "top_n_sigma");
+    fields.sort();
+    found.sort();
+    assert_eq!(found, fields);
+    assert_eq!(refused(plan(json!({"do_sample": true, "top_n_sigma": 0}))), ["top_n_sigma"]);
+    assert_eq!(refused(plan(json!({"dry_multiplier": 1, "dry_sequence_breakers": ["x"]}))), ["dry_sequence_breakers"]);
+    let tokenizer = Tokenizer::from_folder(STORYTELLER).unwrap().unwrap();
+    let with = |json| Plan::new(&config(json), &GenerationConfig::new(), &info(), Some(&tokenizer));
+    assert_eq!(refused(with(json!({"dry_multiplier": 1, "dry_sequence_breakers": ["x", ""]}))), ["dry_sequence_breakers"]);
+    let found = format!("{:?}", with(json!({"dry_multiplier": 1, "dry_sequence_breakers": [",", "once upon"]})).unwrap().processors);
+    let comma = tokenizer.encode(",", false).unwrap();
+    assert!(comma.iter().all(|id| found.contains(&id.to_string())) && found.contains("sequences: [["), "{found}");
+}
+
+#[test]
 fn own_processors_run_before_sampling_or_in_place_of_a_namesake() {
     let penalty = planned(&config(json!({"repetition_penalty": 2.0}))).processors[0].name().to_owned();
     let call = everything().logits_processor(Own("mine".into())).logits_processor(Own(penalty));

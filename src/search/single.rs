@@ -3,7 +3,8 @@
 use super::{Search, Turn};
 use crate::{
     error::{Error, Result},
-    logits::pick,
+    logits::{Draw, pick},
+    rows::Row,
 };
 
 /// How the token of a step is chosen.
@@ -24,7 +25,7 @@ impl Search for Single {
             let raw = record.needs_raw().then(|| scores.to_vec());
             turn.process(&turn.rows[index], scores)?;
             let row = &mut turn.rows[index];
-            let token = self.choose(scores, row.seed, (row.tokens.len() - row.prompt_len) as u64)?;
+            let token = self.choose(scores, row, &turn.plan.draw)?;
             row.record(token, &record, raw.as_deref(), scores);
             row.push(token, turn.plan, turn.started)?;
         }
@@ -33,10 +34,10 @@ impl Search for Single {
 }
 
 impl Single {
-    fn choose(self, scores: &[f32], seed: u64, step: u64) -> Result<u32> {
+    fn choose(self, scores: &mut [f32], row: &mut Row, draw: &Draw) -> Result<u32> {
         let token = match self {
             Self::Greedy => pick::argmax(scores),
-            Self::Sample => pick::sample(scores, pick::uniform(seed, step)),
+            Self::Sample => draw.draw(scores, row.seed, row.generated().len() as u64, &mut row.surprise),
         };
         token.ok_or_else(|| Error::Processor { processor: "model".into(), reason: "no token has a score above negative infinity".into() })
     }

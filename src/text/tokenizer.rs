@@ -7,7 +7,7 @@ use std::{
     fmt,
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 use tokenizers::AddedToken;
 
@@ -22,6 +22,7 @@ struct Shared {
     /// Special tokens by role, as the checkpoint's files name them.
     named: BTreeMap<String, String>,
     special: HashSet<u32>,
+    texts: OnceLock<Vec<(u32, String)>>,
 }
 
 impl Tokenizer {
@@ -73,6 +74,14 @@ impl Tokenizer {
         Ok(variants)
     }
 
+    /// The text of every id by itself, special tokens in their own spelling; made at the first call.
+    pub(crate) fn texts(&self) -> &[(u32, String)] {
+        self.shared.texts.get_or_init(|| {
+            let ids = self.shared.inner.get_vocab(true).into_values();
+            ids.map(|id| (id, self.decode(&[id], false).unwrap_or_default())).collect()
+        })
+    }
+
     /// The number of tokens it knows, added ones included; a model may have logits for more.
     pub fn vocab_size(&self) -> usize {
         self.shared.inner.get_vocab_size(true)
@@ -118,7 +127,7 @@ impl Tokenizer {
         let _ = inner.with_truncation(None);
         let added = inner.get_added_tokens_decoder();
         let special = added.into_iter().filter(|(_, token)| token.special).map(|(id, _)| id).collect();
-        Self { shared: Arc::new(Shared { inner, named, special }) }
+        Self { shared: Arc::new(Shared { inner, named, special, texts: OnceLock::new() }) }
     }
 }
 
