@@ -33,6 +33,7 @@
 //! | load with options, limits, progress | [`Generator::builder`] |
 //! | set what is generated | [`GenerationConfig`], [`Strategy`] |
 //! | read results | [`Output`], [`Sequence`], [`FinishReason`] |
+//! | score given texts | [`Generator::score`], [`Generator::score_texts`], [`Score`] |
 //! | stream | [`Generator::stream`], [`Stream`], [`Piece`] |
 //! | chat | [`Message`], [`Messages`], [`Prompt`] |
 //! | shape scores, end rows | [`LogitsProcessor`], [`StoppingCriteria`], [`CancelToken`] |
@@ -58,6 +59,7 @@ pub mod plan;
 mod progress;
 mod rows;
 mod run;
+mod score;
 mod search;
 pub mod stop;
 pub mod text;
@@ -75,6 +77,7 @@ pub use output::{FinishReason, Output, Piece, Sequence, Timings, TokenLogProb, U
 pub use plan::Plan;
 pub use progress::{OnProgress, Progress, Stage};
 pub use run::Stream;
+pub use score::Score;
 pub use stop::{CancelToken, StoppingCriteria};
 pub use text::{Message, Messages, Prompt, Tokenizer};
 

@@ -14,7 +14,7 @@ const FLOORS: [&[&str]; 9] = [
     &["plan", "memory"],
     &["rows"],
     &["search"],
-    &["run"],
+    &["run", "score"],
     &["generator"],
 ];
 
