@@ -78,9 +78,7 @@ impl Generator {
 
     /// Continues several prompts of any lengths. Each row is what it would be alone.
     pub fn generate_batch<P: Into<Prompt>>(&self, prompts: impl IntoIterator<Item = P>, config: &GenerationConfig) -> Result<Output> {
-        let mut run = self.run(prompts, config)?;
-        while run.step(None)? {}
-        run.output()
+        finish(self.run(prompts, self.plan(config)?)?)
     }
 
     /// Continues one prompt, piece by piece.
@@ -90,7 +88,25 @@ impl Generator {
 
     /// Continues several prompts, piece by piece; [`Piece::row`](crate::Piece::row) says which row a piece belongs to.
     pub fn stream_batch<P: Into<Prompt>>(&self, prompts: impl IntoIterator<Item = P>, config: &GenerationConfig) -> Result<Stream> {
-        Ok(Stream::new(self.run(prompts, config)?))
+        Ok(Stream::new(self.run(prompts, self.plan(config)?)?))
+    }
+
+    /// As [`Generator::generate`], and looks on: [`Sequence::steps`](crate::Sequence::steps) tells what was likely at each step and what each
+    /// processor did to it, [`Output::beams`] how beams grew, ended and fell. Each step's processors run twice for it.
+    ///
+    /// ```
+    /// use candle_generate::{GenerationConfig, Generator};
+    ///
+    /// let generator = Generator::from_pretrained("examples/models/storyteller")?;
+    /// let output = generator.inspect("Once upon a time", &GenerationConfig::sampling().top_k(3).max_new_tokens(2).seed(1))?;
+    /// let step = &output.sequences[0].steps.as_ref().unwrap()[0];
+    /// assert_eq!((step.effects[0].processor.as_str(), step.effects[0].removed), ("top_k", 2045));
+    /// # Ok::<(), candle_generate::Error>(())
+    /// ```
+    pub fn inspect(&self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Output> {
+        let mut plan = self.plan(config)?;
+        plan.record.trace = true;
+        finish(self.run([prompt], plan)?)
     }
 
     /// What a call with this config will do: mode, processors in order, where each value came from, memory for one prompt.
@@ -269,8 +285,7 @@ impl Generator {
         self.tokenizer().ok_or_else(|| Error::Prompt("a prompt of text needs a tokenizer: none was loaded".into()))
     }
 
-    fn run<P: Into<Prompt>>(&self, prompts: impl IntoIterator<Item = P>, config: &GenerationConfig) -> Result<Run> {
-        let plan = self.plan(config)?;
+    fn run<P: Into<Prompt>>(&self, prompts: impl IntoIterator<Item = P>, plan: Plan) -> Result<Run> {
         let mut ids = Vec::new();
         for prompt in prompts {
             ids.push(self.fed(&self.written(prompt.into())?, &plan)?);
@@ -283,6 +298,11 @@ impl fmt::Debug for Generator {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Generator").field("model", self.model().info()).finish_non_exhaustive()
     }
+}
+
+fn finish(mut run: Run) -> Result<Output> {
+    while run.step(None)? {}
+    run.output()
 }
 
 /// A prompt that only needs encoding.

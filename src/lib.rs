@@ -34,6 +34,7 @@
 //! | set what is generated | [`GenerationConfig`], [`Strategy`] |
 //! | read results | [`Output`], [`Sequence`], [`FinishReason`] |
 //! | score given texts | [`Generator::score`], [`Generator::score_texts`], [`Score`] |
+//! | see what happened at each step | [`Generator::inspect`], [`Step`], [`Beam`] |
 //! | stream | [`Generator::stream`], [`Stream`], [`Piece`] |
 //! | chat | [`Message`], [`Messages`], [`Prompt`] |
 //! | shape scores, end rows | [`LogitsProcessor`], [`StoppingCriteria`], [`CancelToken`] |
@@ -63,6 +64,7 @@ mod score;
 mod search;
 pub mod stop;
 pub mod text;
+mod trace;
 
 /// The tensor library, in the version that this crate is built on.
 pub use candle_core;
@@ -80,6 +82,7 @@ pub use run::Stream;
 pub use score::Score;
 pub use stop::{CancelToken, StoppingCriteria};
 pub use text::{Message, Messages, Prompt, Tokenizer};
+pub use trace::{Beam, Candidate, Effect, Step};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -1,13 +1,17 @@
 //! What a call returns.
 
+use crate::trace::{Beam, Step};
+use serde::Serialize;
 use std::time::Duration;
 
 /// The result of a call: its rows in the reference's order, prompt 0's sequences first.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub struct Output {
     /// At least one for each prompt.
     pub sequences: Vec<Sequence>,
+    /// The live and the ended beams of every step, if beams were inspected.
+    pub beams: Vec<Vec<Beam>>,
     /// Token counts.
     pub usage: Usage,
     /// Where the time went.
@@ -27,7 +31,7 @@ impl Output {
 }
 
 /// One generated sequence.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub struct Sequence {
     /// The index of its prompt in the call.
@@ -57,12 +61,15 @@ pub struct Sequence {
     pub scores: Option<Vec<Vec<f32>>>,
     /// Raw logits, `[step][vocab_size]`, where they were asked for.
     pub logits: Option<Vec<Vec<f32>>>,
+    /// What happened at every step, where it was inspected.
+    pub steps: Option<Vec<Step>>,
     /// The keywords of `keyword_boost`, and whether each was produced.
     pub keywords: Vec<(String, bool)>,
 }
 
 /// Why a sequence ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum FinishReason {
     /// It produced an end token.
@@ -97,7 +104,7 @@ impl FinishReason {
 }
 
 /// The log-probability of a generated token.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct TokenLogProb {
     /// The token.
@@ -123,7 +130,7 @@ pub struct Piece {
 }
 
 /// Token counts of a call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 #[non_exhaustive]
 pub struct Usage {
     /// Ids of all prompts, each counted once.
@@ -133,7 +140,7 @@ pub struct Usage {
 }
 
 /// Where a call's time went.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 #[non_exhaustive]
 pub struct Timings {
     /// Until every prompt of the first part of the batch was computed and its first token chosen.

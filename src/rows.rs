@@ -7,6 +7,7 @@ use crate::{
     output::{FinishReason, Piece, Sequence, TokenLogProb},
     plan::{Plan, Record},
     text::{Detokenizer, Scan, Tokenizer, Watch},
+    trace::{Step, Tracer},
 };
 use std::{sync::Arc, time::Instant};
 
@@ -39,6 +40,8 @@ pub struct Row {
     log_probs: Vec<TokenLogProb>,
     scores: Vec<Vec<f32>>,
     logits: Vec<Vec<f32>>,
+    tracer: Option<Arc<Tracer>>,
+    steps: Vec<Step>,
 }
 
 /// The row's text so far, and what may still become text.
@@ -67,6 +70,8 @@ impl Clone for Row {
             log_probs: self.log_probs.clone(),
             scores: self.scores.clone(),
             logits: self.logits.clone(),
+            tracer: self.tracer.clone(),
+            steps: self.steps.clone(),
             ..*self
         }
     }
@@ -99,6 +104,8 @@ impl Row {
             log_probs: Vec::new(),
             scores: Vec::new(),
             logits: Vec::new(),
+            tracer: plan.tracer(),
+            steps: Vec::new(),
         })
     }
 
@@ -171,6 +178,10 @@ impl Row {
         if record.logits {
             self.logits.push(raw.to_vec());
         }
+        if let Some(tracer) = &self.tracer {
+            let step = tracer.step(token, &self.history(), raw, processed);
+            self.steps.push(step);
+        }
     }
 
     /// What became certain since the last piece.
@@ -206,6 +217,7 @@ impl Row {
             log_probs: plan.record.log_probs.map(|_| self.log_probs),
             scores: plan.record.scores.then_some(self.scores),
             logits: plan.record.logits.then_some(self.logits),
+            steps: plan.record.trace.then_some(self.steps),
             keywords,
             tokens: generated,
         })

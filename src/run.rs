@@ -106,7 +106,12 @@ impl Run {
         self.timings.total = self.started.elapsed();
         self.done.sort_by_key(|sequence| sequence.row);
         let generated_tokens = self.done.iter().map(|sequence| sequence.tokens.len()).sum();
-        Ok(Output { sequences: self.done, usage: Usage { prompt_tokens: self.prompt_tokens, generated_tokens }, timings: self.timings })
+        Ok(Output {
+            sequences: self.done,
+            beams: self.search.tree(),
+            usage: Usage { prompt_tokens: self.prompt_tokens, generated_tokens },
+            timings: self.timings,
+        })
     }
 
     fn check(&self) -> Result<()> {

@@ -209,6 +209,7 @@ impl<'a> Check<'a> {
             processed_log_probs: config.processed_log_probs == Some(true),
             scores: config.output_scores == Some(true),
             logits: config.output_logits == Some(true),
+            trace: false,
         }
     }
 

@@ -15,11 +15,15 @@ use crate::{
     model::{ModelInfo, Room},
     stop::{CancelToken, StoppingCriteria},
     text::{StopStrings, Tokenizer},
+    trace::Tracer,
 };
 use chain::Chain;
 use check::Check;
 use merge::Merged;
 use std::{sync::Arc, time::Duration};
+
+/// Alternatives of an inspected step, unless `log_probs` says how many.
+const ALTERNATIVES: usize = 8;
 
 /// Everything the loop needs, decided before the first forward pass.
 #[derive(Debug, Clone)]
@@ -131,12 +135,14 @@ pub struct Record {
     pub scores: bool,
     /// Raw logits of every step.
     pub logits: bool,
+    /// What happened at every step.
+    pub trace: bool,
 }
 
 impl Record {
     /// Whether the model's own logits have to outlive the processors.
     pub fn needs_raw(&self) -> bool {
-        self.logits || (self.log_probs.is_some() && !self.processed_log_probs)
+        self.logits || self.trace || (self.log_probs.is_some() && !self.processed_log_probs)
     }
 }
 
@@ -187,6 +193,13 @@ impl Plan {
     /// Rows of a prompt.
     pub fn width(&self) -> usize {
         self.num_return_sequences.max(self.strategy.num_beams())
+    }
+
+    /// What looks at the steps of its rows, if they are inspected.
+    pub(crate) fn tracer(&self) -> Option<Arc<Tracer>> {
+        let count = self.record.log_probs.unwrap_or(ALTERNATIVES);
+        let tracer = || Tracer { processors: self.processors.clone(), log_probs: self.strategy.num_beams() > 1, count };
+        self.record.trace.then(|| Arc::new(tracer()))
     }
 
     /// The room of a fresh cache for a prompt of `prompt_len` tokens.

@@ -10,6 +10,7 @@ use crate::{
     output::{FinishReason, Piece},
     plan::Plan,
     rows::Row,
+    trace::Beam,
 };
 use std::time::{Duration, Instant};
 
@@ -37,6 +38,11 @@ pub trait Search: Send {
     /// What became certain in a step, before ended rows are taken away.
     fn pieces(&mut self, rows: &mut [Row]) -> Vec<Piece> {
         rows.iter_mut().map(Row::piece).collect()
+    }
+
+    /// The beams of every step so far, if there are any and they are inspected.
+    fn tree(&mut self) -> Vec<Vec<Beam>> {
+        Vec::new()
     }
 
     /// Ends all live rows as they are.
