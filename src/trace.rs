@@ -12,7 +12,7 @@ pub struct Step {
     pub token: u32,
     /// Its probability by the model alone.
     pub prob: f32,
-    /// Its probability in the distribution that it was chosen from: after the processors.
+    /// Its probability after the processors, in the distribution that it was chosen from.
     pub processed: f32,
     /// The most likely tokens of both distributions, by the model's.
     pub top: Vec<Candidate>,
@@ -52,14 +52,14 @@ pub struct Effect {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct Beam {
-    /// The index, among the beams of the step before, of the one that it continues.
+    /// Its index among the beams that go on; none if it ended.
+    pub beam: Option<usize>,
+    /// The index of the beam of the step before that it continues.
     pub parent: usize,
     /// The token that it is continued by.
     pub token: u32,
     /// The sum of its log-probabilities; of one that ended, the score by which it is ranked.
     pub score: f32,
-    /// Whether it ended.
-    pub finished: bool,
 }
 
 /// How many of the tokens that a processor removed are named.

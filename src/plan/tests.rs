@@ -417,7 +417,7 @@ fn seeds_are_the_calls_or_fresh() {
 #[test]
 fn results_carry_what_was_asked_for() {
     let json = json!({"log_probs": 1_000_000, "processed_log_probs": true, "output_scores": true});
-    let expected = Record { log_probs: Some(2048), processed_log_probs: true, scores: true, logits: false };
+    let expected = Record { log_probs: Some(2048), processed_log_probs: true, scores: true, logits: false, trace: false };
     assert_eq!(plan(json).unwrap().record, expected);
     assert_eq!(plan(json!({})).unwrap().record, Record::default());
 }
