@@ -68,7 +68,11 @@ fn run(cli: &Cli) -> Result<()> {
         lines.push(Line { strategy, settings: written(&settings), result });
     }
     let mut out = io::stdout().lock();
-    if cli.markdown { markdown(&mut out, &cli.prompt, &lines)? } else { table(&mut out, &cli.prompt, &lines)? }
+    if cli.markdown {
+        markdown(&mut out, &cli.prompt, &lines)?
+    } else {
+        table(&mut out, &cli.prompt, &lines)?
+    }
     Ok(())
 }
 

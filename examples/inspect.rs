@@ -84,6 +84,8 @@ fn data(generator: &Generator, config: &GenerationConfig, prompt: &[u32], output
         "mode": explanation.mode,
         "explanation": explanation.to_string(),
         "prompt": prompt,
+        // A script's numbers are too short for seeds.
+        "seeds": output.sequences.iter().map(|sequence| sequence.seed.map(|seed| seed.to_string())).collect::<Vec<_>>(),
         "names": Value::Object(names),
         "output": output,
     }))
