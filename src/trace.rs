@@ -16,7 +16,7 @@ pub struct Step {
     pub processed: f32,
     /// The most likely tokens of both distributions, by the model's.
     pub top: Vec<Candidate>,
-    /// What each processor did, in their order.
+    /// What each processor did, in their order; last the mode, where it shapes scores itself.
     pub effects: Vec<Effect>,
 }
 
@@ -36,7 +36,7 @@ pub struct Candidate {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct Effect {
-    /// Its name.
+    /// Its name, or the mode's.
     pub processor: String,
     /// How many tokens' scores it changed and left possible.
     pub changed: usize,
@@ -71,6 +71,8 @@ pub(crate) struct Tracer {
     /// The processors, which are pure: running them again over a step's logits shows what each did, and a call that is not looked at
     /// pays nothing for it.
     pub processors: Vec<Arc<dyn LogitsProcessor>>,
+    /// The mode's name.
+    pub mode: &'static str,
     /// Whether the processors get log-probabilities.
     pub log_probs: bool,
     /// Alternatives of each distribution.
@@ -87,10 +89,10 @@ impl Tracer {
         let candidate = |token| Candidate { token, prob: own.prob(token), processed: after.prob(token) };
         let mut top: Vec<_> = tokens.into_iter().map(candidate).collect();
         top.sort_by(|a, b| b.prob.total_cmp(&a.prob));
-        Step { token, prob: own.prob(token), processed: after.prob(token), top, effects: self.effects(history, &own) }
+        Step { token, prob: own.prob(token), processed: after.prob(token), top, effects: self.effects(history, &own, processed) }
     }
 
-    fn effects(&self, history: &History<'_>, own: &Distribution<'_>) -> Vec<Effect> {
+    fn effects(&self, history: &History<'_>, own: &Distribution<'_>, processed: &[f32]) -> Vec<Effect> {
         let mut effects = Vec::with_capacity(self.processors.len());
         let mut scores = own.scores.to_vec();
         if self.log_probs {
@@ -103,6 +105,9 @@ impl Tracer {
                 break;
             }
             effects.push(Effect::new(processor.name(), &before, &scores, own));
+        }
+        if scores != processed {
+            effects.push(Effect::new(self.mode, &scores, processed, own));
         }
         effects
     }
@@ -148,7 +153,7 @@ mod tests {
     use crate::logits::{RepetitionPenalty, Suppress, Temperature, TopK};
 
     fn tracer(processors: Vec<Arc<dyn LogitsProcessor>>) -> Tracer {
-        Tracer { processors, log_probs: false, count: 2 }
+        Tracer { processors, mode: "dola", log_probs: false, count: 2 }
     }
 
     #[test]
@@ -186,6 +191,13 @@ mod tests {
         let top = |log_probs| Tracer { log_probs, ..tracer(vec![penalty.clone()]) }.step(0, &history, &raw, &raw).effects[0].top;
         assert_eq!(top(false), Some(1));
         assert_eq!(top(true), None);
+    }
+
+    #[test]
+    fn what_no_processor_did_the_mode_did() {
+        let step = tracer(Vec::new()).step(0, &History::new(&[0], 1, 9), &[1.0, 2.0], &[1.0, f32::NEG_INFINITY]);
+        assert_eq!(step.effects.len(), 1);
+        assert_eq!((step.effects[0].processor.as_str(), step.effects[0].removed, step.effects[0].top), ("dola", 1, Some(0)));
     }
 
     #[test]

@@ -198,7 +198,8 @@ impl Plan {
     /// What looks at the steps of its rows, if they are inspected.
     pub(crate) fn tracer(&self) -> Option<Arc<Tracer>> {
         let count = self.record.log_probs.unwrap_or(ALTERNATIVES);
-        let tracer = || Tracer { processors: self.processors.clone(), log_probs: self.strategy.num_beams() > 1, count };
+        let tracer =
+            || Tracer { processors: self.processors.clone(), mode: self.strategy.name(), log_probs: self.strategy.num_beams() > 1, count };
         self.record.trace.then(|| Arc::new(tracer()))
     }
 
