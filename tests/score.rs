@@ -1,8 +1,8 @@
 //! Scores of given tokens: what transformers computes, and the laws that hold for them.
 
 use candle_generate::{
-    Cache, Error, Feed, Forward, GenerationConfig, Generator, Kernels, Message, Model, ModelInfo, OnProgress, Prompt, Result, Score, Start,
-    Values, Want,
+    Cache, Context, Error, Feed, Forward, GenerationConfig, Generator, Kernels, Message, Model, ModelInfo, OnProgress, Prompt, Result,
+    Score, Start, Values, Want,
 };
 use std::{
     ops::ControlFlow,
@@ -178,6 +178,7 @@ struct Flat {
     logit: f32,
     keeps: usize,
     most: Arc<Mutex<usize>>,
+    sources: Arc<Mutex<Vec<Vec<u32>>>>,
 }
 
 struct Count(usize, usize);
@@ -188,6 +189,7 @@ impl Model for Flat {
     }
 
     fn start(&self, rows: &[Start<'_>]) -> Result<Vec<Box<dyn Cache>>> {
+        self.sources.lock().unwrap().extend(rows.iter().map(|row| row.source.to_vec()));
         Ok(rows.iter().map(|_| Box::new(Count(0, self.keeps)) as Box<dyn Cache>).collect())
     }
 
@@ -221,7 +223,8 @@ impl Cache for Count {
 
 fn flat(vocab_size: usize, logit: f32, keeps: usize) -> (Generator, Arc<Mutex<usize>>) {
     let most = Arc::new(Mutex::new(0));
-    (Generator::new(Flat { info: ModelInfo::new("flat", vocab_size), logit, keeps, most: most.clone() }, None), most)
+    let info = ModelInfo::new("flat", vocab_size);
+    (Generator::new(Flat { info, logit, keeps, most: most.clone(), sources: Arc::default() }, None), most)
 }
 
 #[test]
@@ -239,4 +242,20 @@ fn models_that_forget_miscount_or_break() {
     assert!((score(1, 0.0).unwrap()[0].perplexity() - 8.0).abs() < 1e-6);
     assert_eq!(score(2, 0.0).unwrap_err().kind(), "unsupported");
     assert_eq!(score(1, f32::NAN).unwrap_err().kind(), "processor");
+}
+
+#[test]
+fn an_encoder_reads_the_prompt_and_the_decoder_the_continuation() {
+    let sources = Arc::new(Mutex::new(Vec::new()));
+    let mut info = ModelInfo::new("flat", 8);
+    info.is_encoder_decoder = true;
+    info.context = Context::Hard(4);
+    let model = Flat { info, logit: 0.0, keeps: 1, most: Arc::default(), sources: sources.clone() };
+    let generator = Generator::new(model, None).with_config(GenerationConfig::new().decoder_start_token_id(2));
+    let scores = generator.score([3, 4, 5, 6, 7], [vec![1, 2, 3, 4], vec![1]]).unwrap();
+    assert_eq!((scores[0].log_probs.len(), scores[1].log_probs.len()), (4, 1), "the source takes none of the decoder's positions");
+    assert_eq!(*sources.lock().unwrap(), [[3, 4, 5, 6, 7]]);
+    assert_eq!(generator.score([3, 9], [[1]]).unwrap_err().kind(), "prompt");
+    assert_eq!(generator.score([3], [[1; 5]]).unwrap_err().kind(), "prompt");
+    assert_eq!(generator.perplexity([3, 4]).unwrap_err().kind(), "unsupported");
 }
