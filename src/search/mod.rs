@@ -1,5 +1,8 @@
 //! Searches: rows in, rows out, over one forward pass. None knows a model family, a tokenizer or a device.
 
+mod beam;
+mod group;
+mod hypotheses;
 mod single;
 
 use crate::{
@@ -70,6 +73,7 @@ pub fn new(strategy: &Strategy) -> Result<Box<dyn Search>> {
     match strategy {
         Strategy::Greedy => Ok(Box::new(single::Single::Greedy)),
         Strategy::Sample => Ok(Box::new(single::Single::Sample)),
+        Strategy::Beam { .. } | Strategy::BeamSample { .. } | Strategy::DiverseBeam { .. } => Ok(Box::new(beam::Beam::default())),
         other => Err(Error::Unsupported(format!("the mode {} is not built yet", other.name()))),
     }
 }
