@@ -49,3 +49,32 @@ fn a_processor_that_changes_the_choice_says_so() {
     assert_eq!(json["sequences"][0]["steps"][0]["effects"][0]["removed"], 1);
     assert_eq!(json["sequences"][0]["finish"], "length");
 }
+
+#[test]
+fn what_beams_return_is_a_path_of_their_tree() {
+    let generator = storyteller();
+    let settings = [
+        GenerationConfig::beam(4).num_return_sequences(3).length_penalty(0.0),
+        GenerationConfig::beam(4).do_sample(true).seed(3).num_return_sequences(2),
+        GenerationConfig::new().num_beams(4).num_beam_groups(2).diversity_penalty(1.5).num_return_sequences(4),
+    ];
+    for config in settings {
+        let config = config.max_new_tokens(8).repetition_penalty(1.2);
+        let output = generator.inspect("Good", &config).unwrap();
+        assert!(generator.generate("Good", &config).unwrap().beams.is_empty());
+        for sequence in &output.sequences {
+            let last = sequence.tokens.len() - 1;
+            let mut ended = output.beams[last].iter().filter(|beam| beam.beam.is_none() && Some(beam.score) == sequence.score);
+            let mut beam = ended.next().unwrap();
+            for step in (0..=last).rev() {
+                assert_eq!((beam.token, beam.parent), (sequence.tokens[step], sequence.beam_indices.as_ref().unwrap()[step]));
+                assert_eq!(sequence.steps.as_ref().unwrap()[step].token, beam.token);
+                if step > 0 {
+                    beam = output.beams[step - 1].iter().find(|other| other.beam == Some(beam.parent)).unwrap();
+                }
+            }
+            let effects = &sequence.steps.as_ref().unwrap()[0].effects;
+            assert!(effects.iter().all(|effect| effect.processor != "beam"), "the processors did all there is: {effects:?}");
+        }
+    }
+}

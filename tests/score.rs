@@ -259,3 +259,17 @@ fn an_encoder_reads_the_prompt_and_the_decoder_the_continuation() {
     assert_eq!(generator.score([3], [[1; 5]]).unwrap_err().kind(), "prompt");
     assert_eq!(generator.perplexity([3, 4]).unwrap_err().kind(), "unsupported");
 }
+
+#[test]
+fn beams_without_processors_score_what_they_say() {
+    for (family, length_penalty) in FAMILIES.into_iter().zip([0.0f64, 1.0, -1.0, 2.0]) {
+        let generator = Generator::from_pretrained(folder(family)).unwrap();
+        let config = GenerationConfig::beam(3).num_return_sequences(3).length_penalty(length_penalty).max_new_tokens(9);
+        let prompts = [ids(3), ids(12)];
+        for sequence in generator.generate_batch(&prompts, &config).unwrap().sequences {
+            let score = generator.score(&prompts[sequence.prompt], [&sequence.tokens]).unwrap().remove(0);
+            let expected = score.total() / (sequence.tokens.len() as f64).powf(length_penalty);
+            assert!((expected - f64::from(sequence.score.unwrap())).abs() < 1e-4, "{family}: {expected}, {:?}", sequence.score);
+        }
+    }
+}

@@ -10,6 +10,7 @@ use crate::{
     output::{FinishReason, Piece},
     plan::Plan,
     rows::{Row, Shown},
+    trace,
 };
 use std::{cmp::Ordering, collections::BTreeMap, mem, time::Instant};
 
@@ -17,6 +18,8 @@ use std::{cmp::Ordering, collections::BTreeMap, mem, time::Instant};
 #[derive(Default)]
 pub(super) struct Beam {
     prompts: BTreeMap<usize, Prompt>,
+    /// The beams of every step, if they are inspected.
+    tree: Vec<Vec<trace::Beam>>,
 }
 
 /// The search of one prompt. It knows nothing of the others, so that a prompt in a batch is what it is alone.
@@ -39,6 +42,9 @@ impl Search for Beam {
             let index = rows[0].prompt;
             let mut prompt = self.prompts.remove(&index).unwrap_or_else(|| Prompt::new(turn.plan));
             let live = prompt.step(rows, logits, turn.plan, turn.started)?;
+            if turn.plan.record.trace {
+                self.tree.push(prompt.groups.iter_mut().flat_map(|group| mem::take(&mut group.grown)).collect());
+            }
             if live.is_empty() {
                 turn.rows.extend(prompt.finished()?);
             } else {
@@ -65,6 +71,10 @@ impl Search for Beam {
             }
         }
         pieces
+    }
+
+    fn tree(&mut self) -> Vec<Vec<trace::Beam>> {
+        mem::take(&mut self.tree)
     }
 
     /// Beams, as they are, compete with what is finished.

@@ -8,6 +8,7 @@ use crate::{
     output::FinishReason,
     plan::Plan,
     rows::Row,
+    trace::Beam,
 };
 use std::time::Instant;
 
@@ -22,6 +23,8 @@ pub(super) struct Group {
     kept: Hypotheses,
     /// Why beams could not go on.
     stuck: Option<Error>,
+    /// What the last step brought forth, if that is inspected.
+    pub grown: Vec<Beam>,
 }
 
 /// What is decided differently by two generations of transformers.
@@ -62,7 +65,7 @@ struct Candidate {
 
 impl Group {
     pub fn new(size: usize, offset: usize, rules: Rules) -> Self {
-        Self { size, offset, rules, scores: vec![0.0], kept: Hypotheses::default(), stuck: None }
+        Self { size, offset, rules, scores: vec![0.0], kept: Hypotheses::default(), stuck: None, grown: Vec::new() }
     }
 
     /// The number of its beams.
@@ -111,6 +114,7 @@ impl Group {
             match child.finish {
                 None if slots > 0 => {
                     ground.taken.push(token);
+                    self.grow(Some(self.offset + live.len()), &child, score, plan);
                     self.scores.push(score);
                     live.push(child);
                 }
@@ -208,7 +212,16 @@ impl Group {
 
     fn keep(&mut self, row: Row, score: f32, plan: &Plan) {
         let score = penalised(score, row.generated().len(), plan.beams.length_penalty);
+        self.grow(None, &row, score, plan);
         self.kept.add(row, score, self.size);
+    }
+
+    fn grow(&mut self, beam: Option<usize>, row: &Row, score: f32, plan: &Plan) {
+        if plan.record.trace
+            && let (Some(&parent), Some(&token)) = (row.beam_indices.last(), row.tokens.last())
+        {
+            self.grown.push(Beam { beam, parent, token, score });
+        }
     }
 
     /// Whether nothing better is to be expected. `best` is the best candidate of the step, `row` one of the next beams.
