@@ -55,7 +55,7 @@ fn what_beams_return_is_a_path_of_their_tree() {
     let generator = storyteller();
     let settings = [
         GenerationConfig::beam(4).num_return_sequences(3).length_penalty(0.0),
-        GenerationConfig::beam(4).do_sample(true).seed(3).num_return_sequences(2),
+        GenerationConfig::new().num_beams(4).do_sample(true).seed(3).num_return_sequences(2),
         GenerationConfig::new().num_beams(4).num_beam_groups(2).diversity_penalty(1.5).num_return_sequences(4),
     ];
     for config in settings {
