@@ -10,6 +10,7 @@ use crate::{
     plan::{Explanation, Plan},
     progress::OnProgress,
     run::{Run, Setting, Stream},
+    score::{self, Score, Task},
     text::{Prompt, Templates, Tokenizer},
 };
 use candle_core::{DType, Device};
@@ -77,9 +78,7 @@ impl Generator {
 
     /// Continues several prompts of any lengths. Each row is what it would be alone.
     pub fn generate_batch<P: Into<Prompt>>(&self, prompts: impl IntoIterator<Item = P>, config: &GenerationConfig) -> Result<Output> {
-        let mut run = self.run(prompts, config)?;
-        while run.step(None)? {}
-        run.output()
+        finish(self.run(prompts, self.plan(config)?)?)
     }
 
     /// Continues one prompt, piece by piece.
@@ -89,7 +88,25 @@ impl Generator {
 
     /// Continues several prompts, piece by piece; [`Piece::row`](crate::Piece::row) says which row a piece belongs to.
     pub fn stream_batch<P: Into<Prompt>>(&self, prompts: impl IntoIterator<Item = P>, config: &GenerationConfig) -> Result<Stream> {
-        Ok(Stream::new(self.run(prompts, config)?))
+        Ok(Stream::new(self.run(prompts, self.plan(config)?)?))
+    }
+
+    /// As [`Generator::generate`], and looks on: [`Sequence::steps`](crate::Sequence::steps) tells what was likely at each step and what each
+    /// processor did to it, [`Output::beams`] how beams grew, ended and fell. Each step's processors run twice for it.
+    ///
+    /// ```
+    /// use candle_generate::{GenerationConfig, Generator};
+    ///
+    /// let generator = Generator::from_pretrained("examples/models/storyteller")?;
+    /// let output = generator.inspect("Once upon a time", &GenerationConfig::sampling().top_k(3).max_new_tokens(2).seed(1))?;
+    /// let step = &output.sequences[0].steps.as_ref().unwrap()[0];
+    /// assert_eq!((step.effects[0].processor.as_str(), step.effects[0].removed), ("top_k", 2045));
+    /// # Ok::<(), candle_generate::Error>(())
+    /// ```
+    pub fn inspect(&self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Output> {
+        let mut plan = self.plan(config)?;
+        plan.record.trace = true;
+        finish(self.run([prompt], plan)?)
     }
 
     /// What a call with this config will do: mode, processors in order, where each value came from, memory for one prompt.
@@ -112,15 +129,88 @@ impl Generator {
         Ok(Memory::new(&self.plan(config)?, self.model().info(), prompts, prompt_len))
     }
 
+    /// How likely each continuation is after the prompt, which is computed once.
+    ///
+    /// A text continues a text as it stands, without a space between them, and has the tokens that the tokenizer gives it there. Where
+    /// it would change the prompt's own last token, and after ids, it is encoded by itself. No end token is added.
+    ///
+    /// ```
+    /// use candle_generate::Generator;
+    ///
+    /// let generator = Generator::from_pretrained("examples/models/storyteller")?;
+    /// let scores = generator.score("Once upon a time", [" there lived a king", " the invoice was paid"])?;
+    /// assert!(scores[0].mean() > scores[1].mean());
+    /// # Ok::<(), candle_generate::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Prompt`] for an empty prompt or continuation, for ids outside the vocabulary, and for more tokens than a model with a hard
+    /// limit has positions.
+    pub fn score<C: Into<Prompt>>(&self, prompt: impl Into<Prompt>, continuations: impl IntoIterator<Item = C>) -> Result<Vec<Score>> {
+        Ok(self.score_batch([(prompt, continuations)])?.pop().unwrap_or_default())
+    }
+
+    /// As [`Generator::score`], for several prompts with continuations of their own. Each score is what it would be alone.
+    pub fn score_batch<P, C, I>(&self, tasks: impl IntoIterator<Item = (P, I)>) -> Result<Vec<Vec<Score>>>
+    where
+        P: Into<Prompt>,
+        C: Into<Prompt>,
+        I: IntoIterator<Item = C>,
+    {
+        let plan = self.plan(&GenerationConfig::greedy())?;
+        let mut list = Vec::new();
+        for (prompt, continuations) in tasks {
+            let prompt = self.written(prompt.into())?;
+            let ids = self.fed(&prompt, &plan)?;
+            let continuations = continuations.into_iter().map(|continuation| self.continued(&prompt, continuation.into()));
+            let continuations = continuations.collect::<Result<_>>()?;
+            let (source, prompt) = match plan.decoder_start.first() {
+                Some(&start) => (ids, vec![start]),
+                None => (Vec::new(), ids),
+            };
+            list.push(Task { source, len: prompt.len(), prompt, continuations });
+        }
+        score::score(&self.setting, &list)
+    }
+
+    /// How likely whole texts are. The first token, which for many tokenizers is one that begins every text, is given, not scored.
+    ///
+    /// A text longer than the model's context is read in windows of it, each moved by half of it, so that every scored token is given at
+    /// least half a context of what is before it; every token counts once.
+    pub fn score_texts<P: Into<Prompt>>(&self, texts: impl IntoIterator<Item = P>) -> Result<Vec<Score>> {
+        let info = self.model().info();
+        if info.is_encoder_decoder {
+            return Err(Error::Unsupported("the score of a text without a source; an encoder-decoder model scores continuations".into()));
+        }
+        let (mut windows, mut counts, mut scores) = (Vec::new(), Vec::new(), Vec::new());
+        for (index, text) in texts.into_iter().enumerate() {
+            let ids = self.encode(text)?;
+            if ids.len() < 2 {
+                return Err(Error::Prompt(format!(
+                    "text {index} has {} tokens: at least 2 are accepted, as the first is given",
+                    ids.len()
+                )));
+            }
+            let before = windows.len();
+            windows.extend(Task::windows(&ids, info.context));
+            counts.push(windows.len() - before);
+        }
+        let mut parts = score::score(&self.setting, &windows)?.into_iter().flatten();
+        for count in counts {
+            scores.push(Score::join(parts.by_ref().take(count)));
+        }
+        Ok(scores)
+    }
+
+    /// The perplexity of a text: how many equally likely tokens would be as surprising as its tokens are. See
+    /// [`Generator::score_texts`] for what counts.
+    pub fn perplexity(&self, text: impl Into<Prompt>) -> Result<f64> {
+        Ok(self.score_texts([text])?.first().map_or(f64::NAN, Score::perplexity))
+    }
+
     /// The ids that a prompt is fed as.
     pub fn encode(&self, prompt: impl Into<Prompt>) -> Result<Vec<u32>> {
-        let (text, special) = match prompt.into() {
-            Prompt::Ids(ids) => return Ok(ids),
-            Prompt::Text(text) => (text, true),
-            Prompt::Messages(messages) => (self.templates.render(&messages)?, false),
-        };
-        let tokenizer = self.tokenizer().ok_or_else(|| Error::Prompt("a prompt of text needs a tokenizer: none was loaded".into()))?;
-        tokenizer.encode(&text, special)
+        self.ids(&self.written(prompt.into())?)
     }
 
     /// The model.
@@ -147,15 +237,58 @@ impl Generator {
         Plan::new(config, &self.config, self.model().info(), self.tokenizer())
     }
 
-    fn run<P: Into<Prompt>>(&self, prompts: impl IntoIterator<Item = P>, config: &GenerationConfig) -> Result<Run> {
-        let plan = self.plan(config)?;
+    // A prompt as it is encoded: conversations are rendered.
+    fn written(&self, prompt: Prompt) -> Result<Written> {
+        Ok(match prompt {
+            Prompt::Ids(ids) => Written::Ids(ids),
+            Prompt::Text(text) => Written::Text { text, special: true },
+            Prompt::Messages(messages) => Written::Text { text: self.templates.render(&messages)?, special: false },
+        })
+    }
+
+    fn ids(&self, prompt: &Written) -> Result<Vec<u32>> {
+        match prompt {
+            Written::Ids(ids) => Ok(ids.clone()),
+            Written::Text { text, special } => self.reader()?.encode(text, *special),
+        }
+    }
+
+    // The ids of a prompt, or the one to start from where there are none.
+    fn fed(&self, prompt: &Written, plan: &Plan) -> Result<Vec<u32>> {
+        let mut ids = self.ids(prompt)?;
+        if ids.is_empty() {
+            ids.extend(plan.bos);
+        }
+        Ok(ids)
+    }
+
+    // The ids of a continuation. An encoder-decoder model's stands alone.
+    fn continued(&self, prompt: &Written, continuation: Prompt) -> Result<Vec<u32>> {
+        let text = match continuation {
+            Prompt::Ids(ids) => return Ok(ids),
+            Prompt::Text(text) => text,
+            Prompt::Messages(_) => return Err(Error::Prompt("a continuation is text or ids; messages are accepted as the prompt".into())),
+        };
+        let reader = self.reader()?;
+        if let Written::Text { text: before, .. } = prompt
+            && !self.model().info().is_encoder_decoder
+        {
+            let both = reader.encode(&format!("{before}{text}"), false)?;
+            if let Some(rest) = both.strip_prefix(&reader.encode(before, false)?[..]) {
+                return Ok(rest.to_vec());
+            }
+        }
+        reader.encode(&text, false)
+    }
+
+    fn reader(&self) -> Result<&Tokenizer> {
+        self.tokenizer().ok_or_else(|| Error::Prompt("a prompt of text needs a tokenizer: none was loaded".into()))
+    }
+
+    fn run<P: Into<Prompt>>(&self, prompts: impl IntoIterator<Item = P>, plan: Plan) -> Result<Run> {
         let mut ids = Vec::new();
         for prompt in prompts {
-            let mut prompt = self.encode(prompt)?;
-            if prompt.is_empty() {
-                prompt.extend(plan.bos);
-            }
-            ids.push(prompt);
+            ids.push(self.fed(&self.written(prompt.into())?, &plan)?);
         }
         Run::new(self.setting.clone(), plan, ids)
     }
@@ -165,6 +298,21 @@ impl fmt::Debug for Generator {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Generator").field("model", self.model().info()).finish_non_exhaustive()
     }
+}
+
+fn finish(mut run: Run) -> Result<Output> {
+    while run.step(None)? {}
+    run.output()
+}
+
+/// A prompt that only needs encoding.
+enum Written {
+    Ids(Vec<u32>),
+    Text {
+        text: String,
+        /// Whether the tokenizer frames it; a chat template has done so itself.
+        special: bool,
+    },
 }
 
 /// Options of loading. Every one has a default.

@@ -33,6 +33,8 @@
 //! | load with options, limits, progress | [`Generator::builder`] |
 //! | set what is generated | [`GenerationConfig`], [`Strategy`] |
 //! | read results | [`Output`], [`Sequence`], [`FinishReason`] |
+//! | score given texts | [`Generator::score`], [`Generator::score_texts`], [`Score`] |
+//! | see what happened at each step | [`Generator::inspect`], [`Step`], [`Beam`] |
 //! | stream | [`Generator::stream`], [`Stream`], [`Piece`] |
 //! | chat | [`Message`], [`Messages`], [`Prompt`] |
 //! | shape scores, end rows | [`LogitsProcessor`], [`StoppingCriteria`], [`CancelToken`] |
@@ -58,9 +60,11 @@ pub mod plan;
 mod progress;
 mod rows;
 mod run;
+mod score;
 mod search;
 pub mod stop;
 pub mod text;
+mod trace;
 
 /// The tensor library, in the version that this crate is built on.
 pub use candle_core;
@@ -75,8 +79,10 @@ pub use output::{FinishReason, Output, Piece, Sequence, Timings, TokenLogProb, U
 pub use plan::Plan;
 pub use progress::{OnProgress, Progress, Stage};
 pub use run::Stream;
+pub use score::Score;
 pub use stop::{CancelToken, StoppingCriteria};
 pub use text::{Message, Messages, Prompt, Tokenizer};
+pub use trace::{Beam, Candidate, Effect, Step};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

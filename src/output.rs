@@ -1,13 +1,17 @@
 //! What a call returns.
 
+use crate::trace::{Beam, Step};
+use serde::Serialize;
 use std::time::Duration;
 
 /// The result of a call: its rows in the reference's order, prompt 0's sequences first.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub struct Output {
     /// At least one for each prompt.
     pub sequences: Vec<Sequence>,
+    /// The live and the ended beams of every step, if beams were inspected.
+    pub beams: Vec<Vec<Beam>>,
     /// Token counts.
     pub usage: Usage,
     /// Where the time went.
@@ -27,7 +31,7 @@ impl Output {
 }
 
 /// One generated sequence.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub struct Sequence {
     /// The index of its prompt in the call.
@@ -51,18 +55,24 @@ pub struct Sequence {
     pub seed: Option<u64>,
     /// The score that a beam search ranks by.
     pub score: Option<f32>,
+    /// For each generated token the beam of its prompt, counted from 0, that it continued; only from searches with beams.
+    // HF: counted over the whole batch there.
+    pub beam_indices: Option<Vec<usize>>,
     /// One entry per generated token, where they were asked for.
     pub log_probs: Option<Vec<TokenLogProb>>,
     /// Processed scores, `[step][vocab_size]`, where they were asked for.
     pub scores: Option<Vec<Vec<f32>>>,
     /// Raw logits, `[step][vocab_size]`, where they were asked for.
     pub logits: Option<Vec<Vec<f32>>>,
+    /// What happened at every step, where it was inspected.
+    pub steps: Option<Vec<Step>>,
     /// The keywords of `keyword_boost`, and whether each was produced.
     pub keywords: Vec<(String, bool)>,
 }
 
 /// Why a sequence ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum FinishReason {
     /// It produced an end token.
@@ -97,7 +107,7 @@ impl FinishReason {
 }
 
 /// The log-probability of a generated token.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct TokenLogProb {
     /// The token.
@@ -123,7 +133,7 @@ pub struct Piece {
 }
 
 /// Token counts of a call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 #[non_exhaustive]
 pub struct Usage {
     /// Ids of all prompts, each counted once.
@@ -133,7 +143,7 @@ pub struct Usage {
 }
 
 /// Where a call's time went.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 #[non_exhaustive]
 pub struct Timings {
     /// Until every prompt of the first part of the batch was computed and its first token chosen.

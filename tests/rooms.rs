@@ -8,13 +8,13 @@ use std::{
 /// The rooms, lowest first. Those of one floor may import each other.
 const FLOORS: [&[&str]; 9] = [
     &["error", "progress"],
-    &["model", "cache", "logits", "text", "output", "hub", "kernels"],
+    &["model", "cache", "logits", "text", "trace", "output", "hub", "kernels"],
     &["stop", "constrain", "models"],
     &["config"],
     &["plan", "memory"],
     &["rows"],
     &["search"],
-    &["run"],
+    &["run", "score"],
     &["generator"],
 ];
 

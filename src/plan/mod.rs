@@ -9,17 +9,21 @@ pub use explain::{Explanation, Setting};
 pub use merge::Origin;
 
 use crate::{
-    config::{GenerationConfig, Strategy},
+    config::{EarlyStopping, GenerationConfig, Strategy},
     error::Result,
     logits::{Draw, KeywordBoost, LogitsProcessor},
     model::{ModelInfo, Room},
     stop::{CancelToken, StoppingCriteria},
     text::{StopStrings, Tokenizer},
+    trace::Tracer,
 };
 use chain::Chain;
 use check::Check;
 use merge::Merged;
 use std::{sync::Arc, time::Duration};
+
+/// Alternatives of an inspected step, unless `log_probs` says how many.
+const ALTERNATIVES: usize = 8;
 
 /// Everything the loop needs, decided before the first forward pass.
 #[derive(Debug, Clone)]
@@ -48,6 +52,8 @@ pub struct Plan {
     pub cancel: Option<CancelToken>,
     /// Rows per prompt.
     pub num_return_sequences: usize,
+    /// How beams are ranked and when they are done.
+    pub beams: Beams,
     /// Where rows' seeds come from.
     pub seeds: Seeds,
     /// What results carry besides tokens and text.
@@ -113,6 +119,17 @@ impl Capacity {
     }
 }
 
+/// How beams are ranked and when they are done.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Beams {
+    /// The power of a sequence's length that its score is divided by.
+    pub length_penalty: f64,
+    /// When a search with beams ends.
+    pub early_stopping: EarlyStopping,
+    /// What a group of beams that is done is taken to choose.
+    pub pad: Option<u32>,
+}
+
 /// Where rows' seeds come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Seeds {
@@ -133,12 +150,14 @@ pub struct Record {
     pub scores: bool,
     /// Raw logits of every step.
     pub logits: bool,
+    /// What happened at every step.
+    pub trace: bool,
 }
 
 impl Record {
     /// Whether the model's own logits have to outlive the processors.
     pub fn needs_raw(&self) -> bool {
-        self.logits || (self.log_probs.is_some() && !self.processed_log_probs)
+        self.logits || self.trace || (self.log_probs.is_some() && !self.processed_log_probs)
     }
 }
 
@@ -172,6 +191,7 @@ impl Plan {
             criteria: config.stopping_criteria.clone(),
             cancel: config.cancel.clone(),
             num_return_sequences: check.num_return_sequences(),
+            beams: check.beams(&eos),
             seeds: check.seeds(),
             record: check.record(),
             use_cache: config.use_cache != Some(false),
@@ -190,6 +210,14 @@ impl Plan {
     /// Rows of a prompt.
     pub fn width(&self) -> usize {
         self.num_return_sequences.max(self.strategy.num_beams())
+    }
+
+    /// What looks at the steps of its rows, if they are inspected.
+    pub(crate) fn tracer(&self) -> Option<Arc<Tracer>> {
+        let count = self.record.log_probs.unwrap_or(ALTERNATIVES);
+        let tracer =
+            || Tracer { processors: self.processors.clone(), mode: self.strategy.name(), log_probs: self.strategy.num_beams() > 1, count };
+        self.record.trace.then(|| Arc::new(tracer()))
     }
 
     /// The room of a fresh cache for a prompt of `prompt_len` tokens.

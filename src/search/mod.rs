@@ -1,5 +1,8 @@
 //! Searches: rows in, rows out, over one forward pass. None knows a model family, a tokenizer or a device.
 
+mod beam;
+mod group;
+mod hypotheses;
 mod single;
 
 use crate::{
@@ -10,6 +13,7 @@ use crate::{
     output::{FinishReason, Piece},
     plan::Plan,
     rows::Row,
+    trace::Beam,
 };
 use std::time::{Duration, Instant};
 
@@ -39,6 +43,11 @@ pub trait Search: Send {
         rows.iter_mut().map(Row::piece).collect()
     }
 
+    /// The beams of every step so far, if there are any and they are inspected.
+    fn tree(&mut self) -> Vec<Vec<Beam>> {
+        Vec::new()
+    }
+
     /// Ends all live rows as they are.
     fn cancel(&mut self, rows: &mut Vec<Row>, _plan: &Plan) -> Result<()> {
         rows.iter_mut().try_for_each(|row| row.end(FinishReason::Cancelled))
@@ -64,6 +73,7 @@ pub fn new(strategy: &Strategy) -> Result<Box<dyn Search>> {
     match strategy {
         Strategy::Greedy => Ok(Box::new(single::Single::Greedy)),
         Strategy::Sample => Ok(Box::new(single::Single::Sample)),
+        Strategy::Beam { .. } | Strategy::BeamSample { .. } | Strategy::DiverseBeam { .. } => Ok(Box::new(beam::Beam::default())),
         other => Err(Error::Unsupported(format!("the mode {} is not built yet", other.name()))),
     }
 }
