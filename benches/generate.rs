@@ -3,6 +3,8 @@
 //! Criterion measures each alone. The table at the end measures the engines in turns, so that a change of the machine's
 //! pace reaches all of them, and takes medians.
 
+mod common;
+
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use candle_generate::{GenerationConfig, Generator, candle_core};
@@ -11,14 +13,10 @@ use candle_transformers::{
     generation::{LogitsProcessor, Sampling},
     models::llama::{Cache, Config, Llama, LlamaConfig},
 };
+use common::{ids, median, smol_shaped};
 use criterion::{BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
-use half::bf16;
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
-use serde_json::{Map, json};
 use std::{
-    fs::{self, File},
-    io::{BufWriter, Write},
+    fs,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -193,9 +191,8 @@ impl Bench {
         Ok(Self { name, vocab_size, engines })
     }
 
-    /// Ids that look like nothing in particular, the same for every engine.
     fn prompt(&self, len: usize) -> Vec<u32> {
-        (0..len as u32).map(|at| at.wrapping_mul(2_654_435_761) % (self.vocab_size - 6) + 6).collect()
+        ids(len, self.vocab_size)
     }
 
     fn agree(&self) -> Result<()> {
@@ -244,80 +241,4 @@ impl Bench {
         }
         Ok(())
     }
-}
-
-fn median(mut times: Vec<Duration>) -> Duration {
-    times.sort_unstable();
-    times[times.len() / 2]
-}
-
-/// A folder with a random checkpoint of SmolLM2-135M's shape, made once. Both files hold the same values, which bf16 can hold.
-fn smol_shaped(half: bool) -> Result<PathBuf> {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(if half { "smollm2-shaped-bf16" } else { "smollm2-shaped-f32" });
-    let weights = folder.join("model.safetensors");
-    if weights.exists() {
-        return Ok(folder);
-    }
-    fs::create_dir_all(&folder)?;
-    let (hidden, kv, mlp, layers, vocab) = (576, 192, 1536, 30, 49152);
-    let config = json!({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": hidden,
-        "intermediate_size": mlp, "max_position_embeddings": 2048, "num_attention_heads": 9, "num_hidden_layers": layers,
-        "num_key_value_heads": 3, "rms_norm_eps": 1e-5, "rope_theta": 100_000.0, "tie_word_embeddings": true, "vocab_size": vocab,
-    });
-    fs::write(folder.join("config.json"), serde_json::to_vec_pretty(&config)?)?;
-
-    let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![vocab, hidden])];
-    for layer in 0..layers {
-        let shapes = [
-            ("input_layernorm", vec![hidden]),
-            ("self_attn.q_proj", vec![hidden, hidden]),
-            ("self_attn.k_proj", vec![kv, hidden]),
-            ("self_attn.v_proj", vec![kv, hidden]),
-            ("self_attn.o_proj", vec![hidden, hidden]),
-            ("post_attention_layernorm", vec![hidden]),
-            ("mlp.gate_proj", vec![mlp, hidden]),
-            ("mlp.up_proj", vec![mlp, hidden]),
-            ("mlp.down_proj", vec![hidden, mlp]),
-        ];
-        tensors.extend(shapes.map(|(name, shape)| (format!("model.layers.{layer}.{name}.weight"), shape)));
-    }
-    tensors.push(("model.norm.weight".to_owned(), vec![hidden]));
-    // A half-written file never has the name.
-    let partial = folder.join("partial");
-    write_safetensors(&partial, &tensors, half)?;
-    fs::rename(partial, weights)?;
-    Ok(folder)
-}
-
-/// Writes random matrices and vectors of ones, holding none of them in memory.
-fn write_safetensors(path: &Path, tensors: &[(String, Vec<usize>)], half: bool) -> Result<()> {
-    let (dtype, width) = if half { ("BF16", 2) } else { ("F32", 4) };
-    let mut header = Map::new();
-    let mut end = 0;
-    for (name, shape) in tensors {
-        let start = end;
-        end += shape.iter().product::<usize>() * width;
-        header.insert(name.clone(), json!({ "dtype": dtype, "shape": shape, "data_offsets": [start, end] }));
-    }
-    let mut header = serde_json::to_vec(&header)?;
-    header.resize(header.len().next_multiple_of(8), b' ');
-
-    let mut out = BufWriter::new(File::create(path)?);
-    out.write_all(&(header.len() as u64).to_le_bytes())?;
-    out.write_all(&header)?;
-    let mut rng = ChaCha8Rng::seed_from_u64(0);
-    for (_, shape) in tensors {
-        for _ in 0..shape.iter().product() {
-            let value = if shape.len() == 1 { 1.0 } else { rng.random_range(-0.05..0.05) };
-            let value = bf16::from_f32(value);
-            if half {
-                out.write_all(&value.to_le_bytes())?;
-            } else {
-                out.write_all(&value.to_f32().to_le_bytes())?;
-            }
-        }
-    }
-    out.flush()?;
-    Ok(())
 }
