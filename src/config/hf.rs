@@ -270,7 +270,7 @@ mod tests {
             "sequence_bias": [[[5], 1.0], [[5, 6], -2.5]], "bad_words_ids": [[1], [2, 3]], "bad_words": "word",
             "keyword_boost": {"words": ["rain"], "bias": 2.0, "stop": 3}, "penalty_scope": {"last": 64},
             "exponential_decay_length_penalty": [15, 1.6], "eos_token_id": [2, 3], "pad_token_id": -1, "forced_eos_token_id": 2,
-            "watermarking_config": {"greenlist_ratio": 0.25}, "compile_config": {"mode": "max-autotune"}, "seed": u64::MAX,
+            "watermarking_config": {"ngram_len": 5, "keys": [654, -400], "sampling_table_size": 65536}, "compile_config": {"mode": "max-autotune"}, "seed": u64::MAX,
             "force_words_ids": [[1, 2], [[3], [4, 5]]], "dola_layers": "low",
             "transformers_version": "4.31.0", "forced_decoder_ids": [[1, 5]], "assistant_model": null, "vendor": {"b": [1, {"a": 2}]},
         });

@@ -10,7 +10,7 @@ pub use value::{Boost, DolaLayers, EarlyStopping, Int, OneOrMany, Seed};
 
 use crate::{
     error::Problem,
-    logits::{LogitsProcessor, PenaltyScope, PrefixFunction},
+    logits::{LogitsProcessor, PenaltyScope, PrefixFunction, Watermarking},
     stop::{CancelToken, StoppingCriteria},
 };
 use serde_json::{Map, Value};
@@ -222,8 +222,8 @@ fields! {
     guidance_scale: f64,
     /// Whether the prompt's last token may be extended.
     token_healing: bool,
-    /// The watermark's parameters.
-    watermarking_config: Value,
+    /// The watermark's parameters: a [`WatermarkingConfig`](crate::logits::WatermarkingConfig).
+    watermarking_config: Watermarking,
 
     /// Rows per prompt.
     num_return_sequences: i64 as Int,

@@ -7,11 +7,14 @@ mod penalty;
 pub mod pick;
 mod rank;
 mod softmax;
+mod twister;
 mod warp;
+mod watermark;
 
 pub use ban::*;
 pub use penalty::*;
 pub use warp::*;
+pub use watermark::*;
 
 use crate::error::{Error, Result};
 use std::sync::Arc;
@@ -189,7 +192,9 @@ mod tests {
             include_str!("pick.rs"),
             include_str!("rank.rs"),
             include_str!("softmax.rs"),
+            include_str!("twister.rs"),
             include_str!("warp.rs"),
+            include_str!("watermark.rs"),
         ];
         for package in [concat!("candle", "_core"), concat!("candle", "_nn")] {
             assert!(sources.iter().all(|source| !source.contains(package)));

@@ -18,6 +18,7 @@ impl Chain {
         if check.strategy.samples() {
             processors.extend(warp(check, eos));
         }
+        processors.extend(watermark(check));
         if check.config.renormalize_logits == Some(true) {
             processors.push(Arc::new(Renormalize));
         }
@@ -143,6 +144,23 @@ fn warp(check: &mut Check<'_>, eos: &[u32]) -> Vec<Arc<dyn LogitsProcessor>> {
         list.push(Arc::new(EtaCutoff { eta_cutoff, min_tokens_to_keep }));
     }
     list
+}
+
+/// The watermark, after all that shapes the scores.
+fn watermark(check: &mut Check<'_>) -> Option<Arc<dyn LogitsProcessor>> {
+    match check.config.watermarking_config.as_ref()? {
+        Watermarking::Greenlist(config) => {
+            let problems = config.problems();
+            if problems.is_empty() {
+                return Watermark::new(config).ok().map(|watermark| Arc::new(watermark) as _);
+            }
+            problems.into_iter().for_each(|problem| check.refuse(&problem.field, problem.value, problem.reason));
+        }
+        Watermarking::SynthId { .. } => {
+            check.lacks("watermarking_config with SynthID is not built; accepted are the fields of a green list")
+        }
+    }
+    None
 }
 
 /// The user's processors after the built-in ones, or in place of the one of the same name.

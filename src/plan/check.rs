@@ -47,6 +47,11 @@ impl<'a> Check<'a> {
         self.problems.push(Problem { field: field.to_owned(), value: value.to_string(), reason: reason.into() });
     }
 
+    /// What is known, but not offered.
+    pub fn lacks(&mut self, what: impl Into<String>) {
+        self.unsupported.push(what.into());
+    }
+
     /// An integer of at least `least`.
     pub fn whole(&mut self, field: &str, value: Option<i64>, least: usize) -> Option<usize> {
         let value = value?;
@@ -121,7 +126,6 @@ impl<'a> Check<'a> {
         let asked = [
             ("guidance_scale", config.guidance_scale.is_some_and(|scale| scale != 1.0)),
             ("token_healing", config.token_healing == Some(true)),
-            ("watermarking_config", config.watermarking_config.is_some()),
             ("is_assistant", config.is_assistant == Some(true)),
             ("use_mtp", config.use_mtp == Some(true)),
             ("output_attentions", config.output_attentions == Some(true)),

@@ -45,7 +45,7 @@ fn everything() -> GenerationConfig {
         "no_repeat_ngram_size": 3, "encoder_no_repeat_ngram_size": 4, "bad_words_ids": [[7]], "min_length": 4, "forced_bos_token_id": 1,
         "forced_eos_token_id": 2, "remove_invalid_values": true, "exponential_decay_length_penalty": [2, 1.5], "suppress_tokens": [8],
         "begin_suppress_tokens": [9], "do_sample": true, "temperature": 0.5, "top_h": 0.5, "top_k": 5, "top_p": 0.5, "min_p": 0.1,
-        "typical_p": 0.5, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01, "renormalize_logits": true,
+        "typical_p": 0.5, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01, "renormalize_logits": true, "watermarking_config": {"hashing_key": 9},
     });
     config(json).prefix_allowed_tokens_fn(|_, _| vec![1])
 }
@@ -93,6 +93,7 @@ fn processors_run_in_the_order_of_the_reference() {
         "Typical",
         "EpsilonCutoff",
         "EtaCutoff",
+        "Watermark",
         "Renormalize",
     ];
     assert_eq!(types(&planned(&everything())), order);
@@ -109,7 +110,7 @@ fn own_processors_run_before_sampling_or_in_place_of_a_namesake() {
     let types = types(&planned(&call));
     assert_eq!(types[2], "Own");
     assert_eq!(types[13..16], ["SuppressAtBegin", "Own", "Temperature"]);
-    assert_eq!(types.len(), 24);
+    assert_eq!(types.len(), 25);
 }
 
 #[test]
@@ -248,6 +249,7 @@ fn what_cannot_be_honoured_is_refused() {
         ("num_return_sequences", json!({"num_return_sequences": 2})),
         ("num_return_sequences", json!({"num_return_sequences": 0})),
         ("num_return_sequences", json!({"num_return_sequences": 5, "num_beams": 4})),
+        ("watermarking_config.bias", json!({"watermarking_config": {"bias": 1e300}})),
         ("log_probs", json!({"log_probs": -1})),
         ("cache_implementation", json!({"cache_implementation": "statik"})),
         ("max_cache_len", json!({"max_cache_len": 0})),
@@ -344,7 +346,7 @@ fn what_is_not_built_yet_is_unsupported_and_named() {
         ("assisted", json!({"assistant_early_exit": 2})),
         ("guidance_scale", json!({"guidance_scale": 1.5})),
         ("token_healing", json!({"token_healing": true})),
-        ("watermarking_config", json!({"watermarking_config": {}})),
+        ("watermarking_config", json!({"watermarking_config": {"ngram_len": 5, "keys": [1, 2]}})),
         ("is_assistant", json!({"is_assistant": true})),
         ("use_mtp", json!({"use_mtp": true, "num_beams": 2})),
         ("output_attentions", json!({"output_attentions": true})),
