@@ -48,6 +48,7 @@ mod cache;
 pub mod config;
 mod error;
 mod generator;
+mod heal;
 mod kernels;
 pub mod logits;
 mod memory;
@@ -64,7 +65,7 @@ pub mod text;
 
 /// The tensor library, in the version that this crate is built on.
 pub use candle_core;
-pub use config::{GenerationConfig, Strategy};
+pub use config::{Assistant, GenerationConfig, Strategy};
 pub use error::{Error, Problem, Result};
 pub use generator::{Builder, Generator};
 pub use logits::{History, LogitsProcessor};

@@ -32,6 +32,10 @@ pub struct Row {
     pub finish: Option<FinishReason>,
     /// The stop string that ended it.
     pub stop_string: Option<String>,
+    /// Drafted tokens that were checked for it.
+    pub drafted: usize,
+    /// How many of them it kept.
+    pub accepted: usize,
     /// The score that a beam search ranks it by.
     pub score: Option<f32>,
     text: Option<Text>,
@@ -47,6 +51,8 @@ struct Text {
     detokenizer: Detokenizer,
     watch: Watch,
     certain: String,
+    /// Bytes of `certain` that a healed prompt's last token brought.
+    healed: usize,
 }
 
 /// What a stream has already been given.
@@ -93,6 +99,8 @@ impl Row {
             cache,
             finish: None,
             stop_string: None,
+            drafted: 0,
+            accepted: 0,
             score: None,
             text,
             shown: Shown::default(),
@@ -100,6 +108,14 @@ impl Row {
             scores: Vec::new(),
             logits: Vec::new(),
         })
+    }
+
+    /// Lets the text begin with what healing added to the prompt's text.
+    pub fn begin(&mut self, head: &str) {
+        if let Some(text) = &mut self.text {
+            text.certain += head;
+            text.healed = text.certain.len();
+        }
     }
 
     /// The ids that its cache does not hold yet.
@@ -183,9 +199,9 @@ impl Row {
 
     /// The result of a row that has ended. Its cache goes.
     pub fn finished(self, plan: &Plan, tokenizer: Option<&Tokenizer>) -> Result<Sequence> {
-        let text = self.text.map(|text| text.certain).unwrap_or_default();
+        let (text, healed) = self.text.map(|text| (text.certain, text.healed)).unwrap_or_default();
         let full_text = match tokenizer {
-            Some(tokenizer) if self.source.is_none() => tokenizer.decode(&self.tokens[..self.prompt_len], true)? + &text,
+            Some(tokenizer) if self.source.is_none() => tokenizer.decode(&self.tokens[..self.prompt_len], true)? + &text[healed..],
             _ => text.clone(),
         };
         let generated = self.tokens[self.prompt_len..].to_vec();
@@ -203,6 +219,8 @@ impl Row {
             stop_string: self.stop_string,
             seed: plan.strategy.samples().then_some(self.seed),
             score: self.score,
+            drafted: self.drafted,
+            accepted: self.accepted,
             log_probs: plan.record.log_probs.map(|_| self.log_probs),
             scores: plan.record.scores.then_some(self.scores),
             logits: plan.record.logits.then_some(self.logits),
@@ -236,7 +254,7 @@ impl Row {
 impl Text {
     fn new(tokenizer: &Tokenizer, prompt: &[u32], plan: &Plan) -> Result<Self> {
         let watch = if plan.stops.is_empty() { plan.stops.watch("") } else { plan.stops.watch(&tokenizer.decode(prompt, true)?) };
-        Ok(Self { detokenizer: Detokenizer::new(tokenizer, prompt)?, watch, certain: String::new() })
+        Ok(Self { detokenizer: Detokenizer::new(tokenizer, prompt)?, watch, certain: String::new(), healed: 0 })
     }
 
     /// Takes a token; the stop string that its text completes.

@@ -1,11 +1,13 @@
 //! What a user sets: the fields of Hugging Face's generation_config.json, each of which can be unset.
 
+mod assistant;
 mod hf;
 mod recipe;
 mod strategy;
 mod value;
 
-pub use strategy::Strategy;
+pub use assistant::Assistant;
+pub use strategy::{Drafts, Strategy};
 pub use value::{Boost, DolaLayers, EarlyStopping, Int, OneOrMany, Seed};
 
 use crate::{
@@ -41,6 +43,8 @@ macro_rules! fields {
             pub stopping_criteria: Vec<Arc<dyn StoppingCriteria>>,
             /// From the prompt's index and the row's ids to the ids that may follow. Not part of the file.
             pub prefix_allowed_tokens_fn: Option<PrefixFunction>,
+            /// The model that writes drafts. Not part of the file.
+            pub assistant_model: Option<Assistant>,
             /// Ends the calls that carry it from another thread. Not part of the file.
             pub cancel: Option<CancelToken>,
             /// Keys of the file that have no field here. They are written back.
@@ -87,6 +91,9 @@ macro_rules! fields {
                 }
                 if self.cancel.is_none() {
                     self.cancel.clone_from(&other.cancel);
+                }
+                if self.assistant_model.is_none() {
+                    self.assistant_model.clone_from(&other.assistant_model);
                 }
                 if self.prefix_allowed_tokens_fn.is_none() {
                     self.prefix_allowed_tokens_fn.clone_from(&other.prefix_allowed_tokens_fn);
@@ -298,6 +305,14 @@ impl GenerationConfig {
         self
     }
 
+    /// Drafts are written by a smaller model of the same vocabulary, usually `&` its generator, and checked several at a time: the
+    /// outcome is the model's own, only faster.
+    #[must_use]
+    pub fn assistant_model(mut self, assistant: impl Into<Assistant>) -> Self {
+        self.assistant_model = Some(assistant.into());
+        self
+    }
+
     /// Sets the function from the prompt's index and the row's ids to the ids that may follow.
     #[must_use]
     pub fn prefix_allowed_tokens_fn(mut self, function: impl Fn(usize, &[u32]) -> Vec<u32> + Send + Sync + 'static) -> Self {
@@ -315,6 +330,9 @@ impl fmt::Debug for GenerationConfig {
         }
         if !self.stopping_criteria.is_empty() {
             map.entry(&"stopping_criteria", &self.stopping_criteria);
+        }
+        if let Some(assistant) = &self.assistant_model {
+            map.entry(&"assistant_model", &assistant.model);
         }
         if self.prefix_allowed_tokens_fn.is_some() {
             map.entry(&"prefix_allowed_tokens_fn", &"..");

@@ -8,6 +8,8 @@ use std::{collections::HashSet, sync::Arc};
 /// What runs over the scores of every step.
 pub(super) struct Chain {
     pub processors: Vec<Arc<dyn LogitsProcessor>>,
+    /// So many of them, the first, are not about the draw.
+    pub shaping: usize,
     pub keywords: Option<Keywords>,
 }
 
@@ -15,6 +17,7 @@ impl Chain {
     pub fn new(check: &mut Check<'_>, eos: &[u32]) -> Self {
         let keywords = keywords(check);
         let mut processors = merge(shape(check, eos, keywords.as_ref()), &check.config.logits_processors);
+        let shaping = processors.len();
         if check.strategy.samples() {
             processors.extend(warp(check, eos));
         }
@@ -22,7 +25,7 @@ impl Chain {
         if check.config.renormalize_logits == Some(true) {
             processors.push(Arc::new(Renormalize));
         }
-        Self { processors, keywords }
+        Self { processors, shaping, keywords }
     }
 }
 
