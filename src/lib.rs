@@ -35,6 +35,8 @@
 //! | read results | [`Output`], [`Sequence`], [`FinishReason`] |
 //! | stream | [`Generator::stream`], [`Stream`], [`Piece`] |
 //! | chat | [`Message`], [`Messages`], [`Prompt`] |
+//! | draft and check several tokens at once | [`GenerationConfig::assistant_model`], [`GenerationConfig::prompt_lookup_num_tokens`] |
+//! | mark texts and find the mark | [`logits::WatermarkingConfig`], [`logits::WatermarkDetector`] |
 //! | shape scores, end rows | [`LogitsProcessor`], [`StoppingCriteria`], [`CancelToken`] |
 //! | bring a model | [`Model`], [`Cache`] |
 //! | handle errors | [`Error`] |

@@ -155,11 +155,11 @@ fields! {
     assistant_early_exit: i64 as Int,
     /// Whether this config is that of a model which writes drafts.
     is_assistant: bool,
-    /// Tokens of a draft.
+    /// Tokens of a draft that `assistant_model` writes, at first; 20 unless set.
     num_assistant_tokens: i64 as Int,
-    /// How the number of drafted tokens changes from step to step.
+    /// How the number of drafted tokens changes from step to step: `constant`, `heuristic` or `heuristic_transient`.
     num_assistant_tokens_schedule: String,
-    /// The confidence below which a draft ends.
+    /// A draft ends with a token less likely than this; 0.4 unless set, 0 is off. Adapts to what is kept.
     assistant_confidence_threshold: f64,
     /// Tokens of the draft model's text looked at where tokenizers differ.
     assistant_lookbehind: i64 as Int,

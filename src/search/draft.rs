@@ -8,7 +8,11 @@ use crate::{
     plan::{Capacity, Draft, Plan},
     rows::Row,
 };
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
 /// Prompt tokens that the draft model reads in one pass unless the config says otherwise.
 const PASS: usize = 512;
@@ -180,7 +184,7 @@ impl Writer {
 
     /// Reads the prompts of rows that are new, each once.
     fn meet(&self, turn: &mut Turn<'_>, known: &HashMap<usize, Notes>) -> Result<HashMap<usize, Box<dyn Cache>>> {
-        let mut prompts: HashMap<usize, &Row> = HashMap::new();
+        let mut prompts: BTreeMap<usize, &Row> = BTreeMap::new();
         for row in turn.rows.iter().filter(|row| !known.contains_key(&row.number) && self.follows(&row.tokens)) {
             prompts.entry(row.prompt).or_insert(row);
         }

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, WatermarkDetector
 
 GAP = 1e-4  # between the two best scores of a greedy step
 NOISE = 2e-5  # what may happen to a logit in another order of summation
@@ -218,6 +218,9 @@ def line(case, fields, rows, oracle):
         out["finish"] = [row.finish for row in rows]
     if case.texts and not drawn:
         out["texts"], out["trimmed"] = zip(*(oracle.text(row, fields) for row in rows))
+    if scheme := fields.get("watermarking_config"):
+        detector = WatermarkDetector(oracle.model.config, "cpu", copy.deepcopy(scheme))
+        out["z_scores"] = [float(detector(torch.tensor([row.tokens]), return_dict=True).z_score[0]) for row in rows]
     count = oracle.vocab if drawn else 6
     out["scores"] = [[score(step, count) for step in row.scores] for row in rows]
     count = oracle.vocab if case.full else 3
