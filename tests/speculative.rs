@@ -53,13 +53,13 @@ fn greedy() -> Vec<GenerationConfig> {
 
 #[test]
 fn prompt_lookup_is_greedy_search() {
-    for config in greedy() {
+    for (place, config) in greedy().into_iter().enumerate() {
         let plain = LLAMA.generate_batch(prompts(), &config).unwrap();
         for (num_tokens, size) in [(1, 1), (4, 2), (50, 3)] {
             let config = config.clone().prompt_lookup_num_tokens(num_tokens).max_matching_ngram_size(size);
             let drafted = LLAMA.generate_batch(prompts(), &config).unwrap();
             same(&drafted, &plain);
-            assert!(drafted.usage.drafted_tokens > 0 || size > 1);
+            assert!(drafted.usage.drafted_tokens > 0 || place > 0);
         }
     }
 }
@@ -228,8 +228,11 @@ fn what_cannot_be_drafted_with_is_refused() {
     refused(assisted().num_assistant_tokens_schedule("sometimes"), "num_assistant_tokens_schedule");
     refused(assisted().assistant_confidence_threshold(1.5), "assistant_confidence_threshold");
     refused(assisted().use_cache(false), "use_cache");
-    let dates = Generator::from_pretrained(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/date-normaliser")).unwrap();
-    refused(GenerationConfig::greedy().assistant_model(&dates), "assistant_model");
+    let dates = Tokenizer::from_folder(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/date-normaliser")).unwrap();
+    refused(
+        GenerationConfig::greedy().assistant_model(Assistant { tokenizer: dates, ..Assistant::from(&*STORYTELLER) }),
+        "assistant_model",
+    );
     let error = STORYTELLER.generate("A", &assisted().assistant_ensemble_weight(0.5)).unwrap_err();
     assert_eq!(error.kind(), "unsupported");
 }
