@@ -2,7 +2,7 @@
 
 use candle_generate::{
     Assistant, Cache, Error, Feed, FinishReason, Forward, GenerationConfig, Generator, History, Model, ModelInfo, Output, Result, Start,
-    Values, Want, model::downcast,
+    Tokenizer, Values, Want, model::downcast,
 };
 use std::{
     path::{Path, PathBuf},
