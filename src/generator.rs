@@ -1,8 +1,9 @@
 //! The front door: a model, its tokenizer and its own config, shared by any number of threads.
 
 use crate::{
-    config::GenerationConfig,
+    config::{Assistant, GenerationConfig},
     error::{Error, Result},
+    heal::heal,
     memory::Memory,
     model::{Context, Model},
     models::{self, Kernels, LoadOptions},
@@ -214,8 +215,8 @@ impl Generator {
     }
 
     /// The model.
-    pub fn model(&self) -> &dyn Model {
-        self.setting.model.as_ref()
+    pub fn model(&self) -> &Arc<dyn Model> {
+        &self.setting.model
     }
 
     /// The tokenizer, if there is one.
@@ -286,11 +287,23 @@ impl Generator {
     }
 
     fn run<P: Into<Prompt>>(&self, prompts: impl IntoIterator<Item = P>, plan: Plan) -> Result<Run> {
-        let mut ids = Vec::new();
+        let (mut ids, mut heads) = (Vec::new(), Vec::new());
         for prompt in prompts {
-            ids.push(self.fed(&self.written(prompt.into())?, &plan)?);
+            let mut prompt = self.fed(&self.written(prompt.into())?, &plan)?;
+            if plan.token_healing {
+                let healed = heal(&self.setting, &self.config, &plan, &prompt, ids.len())?;
+                prompt = healed.ids;
+                heads.push(healed.head);
+            }
+            ids.push(prompt);
         }
-        Run::new(self.setting.clone(), plan, ids)
+        Ok(Run::new(self.setting.clone(), plan, ids)?.begin(heads))
+    }
+}
+
+impl From<&Generator> for Assistant {
+    fn from(generator: &Generator) -> Self {
+        Self { model: generator.setting.model.clone(), tokenizer: generator.setting.tokenizer.clone() }
     }
 }
 

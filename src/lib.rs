@@ -37,6 +37,8 @@
 //! | see what happened at each step | [`Generator::inspect`], [`Step`], [`Beam`] |
 //! | stream | [`Generator::stream`], [`Stream`], [`Piece`] |
 //! | chat | [`Message`], [`Messages`], [`Prompt`] |
+//! | draft and check several tokens at once | [`GenerationConfig::assistant_model`], [`GenerationConfig::prompt_lookup_num_tokens`] |
+//! | mark texts and find the mark | [`logits::WatermarkingConfig`], [`logits::WatermarkDetector`] |
 //! | shape scores, end rows | [`LogitsProcessor`], [`StoppingCriteria`], [`CancelToken`] |
 //! | bring a model | [`Model`], [`Cache`] |
 //! | handle errors | [`Error`] |
@@ -50,6 +52,7 @@ mod cache;
 pub mod config;
 mod error;
 mod generator;
+mod heal;
 mod kernels;
 pub mod logits;
 mod memory;
@@ -68,7 +71,7 @@ mod trace;
 
 /// The tensor library, in the version that this crate is built on.
 pub use candle_core;
-pub use config::{GenerationConfig, Strategy};
+pub use config::{Assistant, GenerationConfig, Strategy};
 pub use error::{Error, Problem, Result};
 pub use generator::{Builder, Generator};
 pub use logits::{History, LogitsProcessor};

@@ -10,7 +10,7 @@ use std::fmt;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Memory {
-    /// The model's weights, shared by all calls.
+    /// The model's weights, and those of a model that writes drafts: shared by all calls.
     pub weights: u64,
     /// Keys and values of all rows; a prompt's are held once, however many rows it has.
     pub cache: u64,
@@ -29,14 +29,20 @@ impl Memory {
                 shared.saturating_add(width.saturating_mul(own))
             }
         };
-        let prompt = pages.saturating_mul(page as u64).saturating_mul(info.position_bytes);
-        Self { weights: info.weight_bytes, cache: prompt.saturating_mul(prompts as u64) }
+        let prompt = pages.saturating_mul(page as u64).saturating_mul(position_bytes(plan, info));
+        let assistant = plan.assistant().map_or(0, |info| info.weight_bytes);
+        Self { weights: info.weight_bytes.saturating_add(assistant), cache: prompt.saturating_mul(prompts as u64) }
     }
 
     /// Weights and cache.
     pub fn total(&self) -> u64 {
         self.weights.saturating_add(self.cache)
     }
+}
+
+/// Bytes of a position of a row: the model's and those of a model that writes drafts, which keeps the same positions.
+pub(crate) fn position_bytes(plan: &Plan, info: &ModelInfo) -> u64 {
+    info.position_bytes.saturating_add(plan.assistant().map_or(0, |info| info.position_bytes))
 }
 
 impl fmt::Display for Memory {

@@ -21,6 +21,12 @@ pub trait Model: Send + Sync {
     fn forward(&self, rows: &mut [Feed<'_>], want: Want<'_>) -> Result<Forward>;
 }
 
+impl std::fmt::Debug for dyn Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Model").field(&self.info().name).finish()
+    }
+}
+
 /// What a fresh cache is made for.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Start<'a> {

@@ -39,11 +39,12 @@ pub struct Sequence {
     /// Its number among the call's sequences.
     pub row: usize,
     /// The generated text as it continues the prompt: a leading space is kept, special tokens are left out, and what
-    /// follows a stop string is trimmed. Empty without a tokenizer.
+    /// follows a stop string is trimmed. After `token_healing` it begins with what that added to the prompt's last token. Empty
+    /// without a tokenizer.
     pub text: String,
     /// The prompt's text followed by `text`.
     pub full_text: String,
-    /// The generated ids, the end token included.
+    /// The generated ids, the end token included. A healed token belongs to the prompt.
     pub tokens: Vec<u32>,
     /// The number of ids of the (decoder's) prompt.
     pub prompt_len: usize,
@@ -58,6 +59,10 @@ pub struct Sequence {
     /// For each generated token the beam of its prompt, counted from 0, that it continued; only from searches with beams.
     // HF: counted over the whole batch there.
     pub beam_indices: Option<Vec<usize>>,
+    /// Drafted tokens that were checked for it, in the modes with drafts.
+    pub drafted: usize,
+    /// How many of them it kept.
+    pub accepted: usize,
     /// One entry per generated token, where they were asked for.
     pub log_probs: Option<Vec<TokenLogProb>>,
     /// Processed scores, `[step][vocab_size]`, where they were asked for.
@@ -140,6 +145,17 @@ pub struct Usage {
     pub prompt_tokens: usize,
     /// Ids generated in all sequences.
     pub generated_tokens: usize,
+    /// Drafted ids that were checked, in the modes with drafts.
+    pub drafted_tokens: usize,
+    /// How many of them were kept.
+    pub accepted_tokens: usize,
+}
+
+impl Usage {
+    /// The part of the drafted tokens that was kept; `None` if none was drafted.
+    pub fn acceptance(&self) -> Option<f64> {
+        (self.drafted_tokens > 0).then(|| self.accepted_tokens as f64 / self.drafted_tokens as f64)
+    }
 }
 
 /// Where a call's time went.

@@ -35,6 +35,10 @@ pub struct Row {
     pub finish: Option<FinishReason>,
     /// The stop string that ended it.
     pub stop_string: Option<String>,
+    /// Drafted tokens that were checked for it.
+    pub drafted: usize,
+    /// How many of them it kept.
+    pub accepted: usize,
     /// The score that a beam search ranks it by.
     pub score: Option<f32>,
     /// For each generated token the beam that it continued, in a beam search.
@@ -73,6 +77,8 @@ struct Text {
     detokenizer: Detokenizer,
     watch: Watch,
     certain: String,
+    /// Bytes of `certain` that a healed prompt's last token brought.
+    healed: usize,
 }
 
 /// What a stream has already been given.
@@ -123,6 +129,8 @@ impl Row {
             cache,
             finish: None,
             stop_string: None,
+            drafted: 0,
+            accepted: 0,
             score: None,
             beam_indices: Vec::new(),
             shown: Shown::default(),
@@ -133,6 +141,14 @@ impl Row {
             tracer: plan.tracer(),
             steps: Vec::new(),
         })
+    }
+
+    /// Lets the text begin with what healing added to the prompt's text.
+    pub fn begin(&mut self, head: &str) {
+        if let Some(text) = &mut self.text {
+            text.certain += head;
+            text.healed = text.certain.len();
+        }
     }
 
     /// The ids that its cache does not hold yet.
@@ -234,9 +250,9 @@ impl Row {
 
     /// The result of a row that has ended. Its cache goes.
     pub fn finished(self, plan: &Plan, tokenizer: Option<&Tokenizer>) -> Result<Sequence> {
-        let text = self.text.map(|text| text.certain).unwrap_or_default();
+        let (text, healed) = self.text.map(|text| (text.certain, text.healed)).unwrap_or_default();
         let full_text = match tokenizer {
-            Some(tokenizer) if self.source.is_none() => tokenizer.decode(&self.tokens[..self.prompt_len], true)? + &text,
+            Some(tokenizer) if self.source.is_none() => tokenizer.decode(&self.tokens[..self.prompt_len], true)? + &text[healed..],
             _ => text.clone(),
         };
         let generated = self.tokens[self.prompt_len..].to_vec();
@@ -254,6 +270,8 @@ impl Row {
             stop_string: self.stop_string,
             seed: plan.strategy.samples().then_some(self.seed),
             score: self.score,
+            drafted: self.drafted,
+            accepted: self.accepted,
             beam_indices: (plan.strategy.num_beams() > 1).then_some(self.beam_indices),
             log_probs: plan.record.log_probs.map(|_| owned(self.log_probs)),
             scores: plan.record.scores.then(|| owned(self.scores)),
@@ -294,7 +312,7 @@ fn owned<T: Clone>(records: Vec<Arc<T>>) -> Vec<T> {
 impl Text {
     fn new(tokenizer: &Tokenizer, prompt: &[u32], plan: &Plan) -> Result<Self> {
         let watch = if plan.stops.is_empty() { plan.stops.watch("") } else { plan.stops.watch(&tokenizer.decode(prompt, true)?) };
-        Ok(Self { detokenizer: Detokenizer::new(tokenizer, prompt)?, watch, certain: String::new() })
+        Ok(Self { detokenizer: Detokenizer::new(tokenizer, prompt)?, watch, certain: String::new(), healed: 0 })
     }
 
     /// Takes a token; the stop string that its text completes.

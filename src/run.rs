@@ -3,7 +3,7 @@
 use crate::{
     error::{Error, Result},
     logits::pick,
-    memory::Memory,
+    memory::{self, Memory},
     model::{Cache, Context, Feed, Model, Start},
     output::{Output, Piece, Sequence, Timings, Usage},
     plan::{Plan, Seeds},
@@ -52,13 +52,15 @@ struct Waiting {
     tokens: Vec<u32>,
     /// The encoder's source.
     source: Option<Arc<[u32]>>,
+    /// What its text begins with: the part of a healed token that its prompt's text lacked.
+    head: String,
 }
 
 impl Run {
     /// Checks every prompt; computes nothing yet.
     pub fn new(setting: Setting, plan: Plan, prompts: Vec<Vec<u32>>) -> Result<Self> {
         let run = Self {
-            search: search::new(&plan.strategy)?,
+            search: search::new(&plan)?,
             prompt_tokens: prompts.iter().map(Vec::len).sum(),
             waiting: prompts.into_iter().enumerate().map(|(index, ids)| Waiting::new(index, ids, &plan)).collect(),
             setting,
@@ -70,6 +72,14 @@ impl Run {
         };
         run.check()?;
         Ok(run)
+    }
+
+    /// Lets the text of each prompt's rows begin with what healing added to the prompt.
+    pub fn begin(mut self, heads: Vec<String>) -> Self {
+        for (waiting, head) in self.waiting.iter_mut().zip(heads) {
+            waiting.head = head;
+        }
+        self
     }
 
     /// Makes every live row longer by one step. Returns whether there was anything left to do.
@@ -105,13 +115,14 @@ impl Run {
         self.retire()?;
         self.timings.total = self.started.elapsed();
         self.done.sort_by_key(|sequence| sequence.row);
-        let generated_tokens = self.done.iter().map(|sequence| sequence.tokens.len()).sum();
-        Ok(Output {
-            sequences: self.done,
-            beams: self.search.tree(),
-            usage: Usage { prompt_tokens: self.prompt_tokens, generated_tokens },
-            timings: self.timings,
-        })
+        let sum = |count: fn(&Sequence) -> usize| self.done.iter().map(count).sum();
+        let usage = Usage {
+            prompt_tokens: self.prompt_tokens,
+            generated_tokens: sum(|sequence| sequence.tokens.len()),
+            drafted_tokens: sum(|sequence| sequence.drafted),
+            accepted_tokens: sum(|sequence| sequence.accepted),
+        };
+        Ok(Output { sequences: self.done, beams: self.search.tree(), usage, timings: self.timings })
     }
 
     fn check(&self) -> Result<()> {
@@ -162,10 +173,10 @@ impl Run {
             let width = self.plan.width();
             let max_length = self.plan.length.max_length(next.tokens.len());
             let more_tokens = width.saturating_mul(self.capacity(next.tokens.len(), max_length));
-            let more_bytes = self.memory(next).cache;
+            let Memory { weights, cache: more_bytes } = self.memory(next);
             tokens = tokens.saturating_add(more_tokens);
             bytes = bytes.saturating_add(more_bytes);
-            let over = self.setting.memory_limit.is_some_and(|limit| bytes.saturating_add(self.setting.model.info().weight_bytes) > limit);
+            let over = self.setting.memory_limit.is_some_and(|limit| bytes.saturating_add(weights) > limit);
             if (over || tokens > self.setting.batch_tokens) && !(self.rows.is_empty() && admitted.is_empty()) {
                 break;
             }
@@ -183,8 +194,7 @@ impl Run {
     }
 
     fn bytes(&self, max_length: usize) -> u64 {
-        let info = self.setting.model.info();
-        info.position_bytes.saturating_mul(max_length as u64)
+        memory::position_bytes(&self.plan, self.setting.model.info()).saturating_mul(max_length as u64)
     }
 
     // Computes each prompt once, then forks it into its rows.
@@ -278,8 +288,8 @@ impl Run {
 impl Waiting {
     fn new(index: usize, ids: Vec<u32>, plan: &Plan) -> Self {
         match plan.decoder_start.get(index).or(plan.decoder_start.first()).copied() {
-            Some(start) => Self { index, tokens: vec![start], source: Some(ids.into()) },
-            None => Self { index, tokens: ids, source: None },
+            Some(start) => Self { index, tokens: vec![start], source: Some(ids.into()), head: String::new() },
+            None => Self { index, tokens: ids, source: None, head: String::new() },
         }
     }
 
@@ -316,6 +326,7 @@ impl Waiting {
     fn row(self, cache: Box<dyn Cache>, plan: &Plan, tokenizer: Option<&Tokenizer>) -> Result<Row> {
         let mut row = Row::new(self.tokens, self.source, cache, plan, tokenizer)?;
         row.prompt = self.index;
+        row.begin(&self.head);
         Ok(row)
     }
 }

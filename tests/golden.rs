@@ -1,7 +1,10 @@
 //! What transformers generates, ids, scores and texts, is what this crate generates: the folders made by golden/make.py.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use candle_generate::{GenerationConfig, Generator, Kernels, Message, Output, Prompt, Sequence};
+use candle_generate::{
+    GenerationConfig, Generator, Kernels, Message, Output, Prompt, Sequence,
+    logits::{WatermarkDetector, Watermarking},
+};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
 use std::{
@@ -25,6 +28,7 @@ struct Case {
     finish: Option<Vec<String>>,
     texts: Option<Vec<String>>,
     trimmed: Option<Vec<String>>,
+    z_scores: Option<Vec<f64>>,
     scores: Vec<Vec<Scores>>,
     logits: Vec<Vec<Top>>,
 }
@@ -174,6 +178,14 @@ impl Case {
         if let (Some(sequences), Some(finish)) = (&self.sequences, &self.finish) {
             same("tokens", &sequence.tokens, &sequences[row])?;
             same("finish", &sequence.finish.as_str(), &finish[row].as_str())?;
+        }
+        if let Some(z_scores) = &self.z_scores {
+            let Some(Watermarking::Greenlist(scheme)) = self.config().watermarking_config else { panic!("{}: no watermark", self.name) };
+            let detector = WatermarkDetector::new(scheme, generator.model().info().vocab_size).map_err(|error| error.to_string())?;
+            let found = detector.detect(&sequence.tokens).map_err(|error| error.to_string())?.z_score;
+            if (found - z_scores[row]).abs() > 1e-9 {
+                return Err(format!("z-score {found}, the reference {}", z_scores[row]));
+            }
         }
         if let (Some(texts), Some(trimmed)) = (&self.texts, &self.trimmed) {
             same("text", &sequence.text, &trimmed[row])?;

@@ -6,7 +6,7 @@ use std::{
 };
 
 /// The rooms, lowest first. Those of one floor may import each other.
-const FLOORS: [&[&str]; 9] = [
+const FLOORS: [&[&str]; 10] = [
     &["error", "progress"],
     &["model", "cache", "logits", "text", "trace", "output", "hub", "kernels"],
     &["stop", "constrain", "models"],
@@ -15,6 +15,7 @@ const FLOORS: [&[&str]; 9] = [
     &["rows"],
     &["search"],
     &["run", "score"],
+    &["heal"],
     &["generator"],
 ];
 

@@ -1,6 +1,6 @@
 //! Hugging Face's generation_config.json: read, written, and its flat flags turned into a [`Strategy`] and back.
 
-use super::{EarlyStopping, GenerationConfig, Strategy};
+use super::{Drafts, EarlyStopping, GenerationConfig, Strategy};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de, ser};
 use serde_json::{Map, Value};
@@ -121,6 +121,9 @@ impl GenerationConfig {
             no_repeat_ngram_size: Some(0),
             encoder_no_repeat_ngram_size: Some(0),
             num_return_sequences: Some(1),
+            num_assistant_tokens: Some(20),
+            num_assistant_tokens_schedule: Some("constant".into()),
+            assistant_confidence_threshold: Some(0.4),
             use_cache: Some(true),
             ..Self::default()
         }
@@ -149,7 +152,20 @@ impl GenerationConfig {
             prompt_lookup_num_tokens: None,
             assistant_early_exit: None,
             use_mtp: None,
+            assistant_model: None,
             ..self
+        }
+    }
+
+    /// Only what makes greedy search or sampling one with drafts.
+    pub(crate) fn drafts(&self) -> Self {
+        Self {
+            prompt_lookup_num_tokens: self.prompt_lookup_num_tokens,
+            max_matching_ngram_size: self.max_matching_ngram_size,
+            assistant_early_exit: self.assistant_early_exit,
+            use_mtp: self.use_mtp,
+            assistant_model: self.assistant_model.clone(),
+            ..Self::default()
         }
     }
 }
@@ -178,13 +194,15 @@ impl Strategy {
             return Self::Contrastive { penalty_alpha, top_k };
         }
         // Drafts and DoLa extend greedy search and sampling only; beside other modes their flags do nothing.
-        if config.assistant_early_exit.is_some() {
-            Self::Assisted { assistant_early_exit: config.assistant_early_exit.map(|layer| count(Some(layer), 0)), do_sample }
+        if let Some(layer) = config.assistant_early_exit {
+            Self::Assisted { drafts: Drafts::EarlyExit(count(Some(layer), 0)), do_sample }
         } else if config.prompt_lookup_num_tokens.is_some() {
             let prompt_lookup_num_tokens = count(config.prompt_lookup_num_tokens, 0);
             Self::PromptLookup { prompt_lookup_num_tokens, max_matching_ngram_size: count(config.max_matching_ngram_size, 2), do_sample }
         } else if config.use_mtp == Some(true) {
-            Self::Assisted { assistant_early_exit: None, do_sample }
+            Self::Assisted { drafts: Drafts::Mtp, do_sample }
+        } else if config.assistant_model.is_some() {
+            Self::Assisted { drafts: Drafts::Assistant, do_sample }
         } else if let Some(dola_layers) = config.dola_layers.clone() {
             Self::Dola { dola_layers, do_sample }
         } else if do_sample {
@@ -213,8 +231,9 @@ impl Strategy {
             Self::PromptLookup { prompt_lookup_num_tokens, max_matching_ngram_size, .. } => {
                 flags.prompt_lookup_num_tokens(prompt_lookup_num_tokens).max_matching_ngram_size(max_matching_ngram_size)
             }
-            Self::Assisted { assistant_early_exit: Some(layer), .. } => flags.assistant_early_exit(layer),
-            Self::Assisted { assistant_early_exit: None, .. } => flags.use_mtp(true),
+            Self::Assisted { drafts: Drafts::Assistant, .. } => flags,
+            Self::Assisted { drafts: Drafts::EarlyExit(layer), .. } => flags.assistant_early_exit(layer),
+            Self::Assisted { drafts: Drafts::Mtp, .. } => flags.use_mtp(true),
         }
     }
 }
@@ -270,7 +289,7 @@ mod tests {
             "sequence_bias": [[[5], 1.0], [[5, 6], -2.5]], "bad_words_ids": [[1], [2, 3]], "bad_words": "word",
             "keyword_boost": {"words": ["rain"], "bias": 2.0, "stop": 3}, "penalty_scope": {"last": 64},
             "exponential_decay_length_penalty": [15, 1.6], "eos_token_id": [2, 3], "pad_token_id": -1, "forced_eos_token_id": 2,
-            "watermarking_config": {"greenlist_ratio": 0.25}, "compile_config": {"mode": "max-autotune"}, "seed": u64::MAX,
+            "watermarking_config": {"ngram_len": 5, "keys": [654, -400], "sampling_table_size": 65536}, "compile_config": {"mode": "max-autotune"}, "seed": u64::MAX,
             "force_words_ids": [[1, 2], [[3], [4, 5]]], "dola_layers": "low",
             "transformers_version": "4.31.0", "forced_decoder_ids": [[1, 5]], "assistant_model": null, "vendor": {"b": [1, {"a": 2}]},
         });
@@ -400,8 +419,8 @@ mod tests {
         assert_eq!(mode(json!({"dola_layers": [1], "do_sample": true})), {
             Strategy::Dola { dola_layers: DolaLayers::Layers(vec![1]), do_sample: true }
         });
-        assert_eq!(mode(json!({"assistant_early_exit": 2})), Strategy::Assisted { assistant_early_exit: Some(2), do_sample: false });
-        assert_eq!(mode(json!({"use_mtp": true})), Strategy::Assisted { assistant_early_exit: None, do_sample: false });
+        assert_eq!(mode(json!({"assistant_early_exit": 2})), Strategy::Assisted { drafts: Drafts::EarlyExit(2), do_sample: false });
+        assert_eq!(mode(json!({"use_mtp": true})), Strategy::Assisted { drafts: Drafts::Mtp, do_sample: false });
         assert_eq!(mode(json!({"use_mtp": false})), Strategy::Greedy);
     }
 
@@ -417,8 +436,8 @@ mod tests {
             Strategy::Contrastive { penalty_alpha: 0.5, top_k: 4 },
             Strategy::Dola { dola_layers: DolaLayers::High, do_sample: true },
             Strategy::PromptLookup { prompt_lookup_num_tokens: 5, max_matching_ngram_size: 3, do_sample: true },
-            Strategy::Assisted { assistant_early_exit: Some(1), do_sample: false },
-            Strategy::Assisted { assistant_early_exit: None, do_sample: true },
+            Strategy::Assisted { drafts: Drafts::EarlyExit(1), do_sample: false },
+            Strategy::Assisted { drafts: Drafts::Mtp, do_sample: true },
         ] {
             assert_eq!(Strategy::infer(&strategy.flags().or(&GenerationConfig::defaults())), strategy);
             assert_eq!(serde_json::from_value::<Strategy>(json!(strategy)).unwrap(), strategy);

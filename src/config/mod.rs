@@ -1,16 +1,18 @@
 //! What a user sets: the fields of Hugging Face's generation_config.json, each of which can be unset.
 
+mod assistant;
 mod hf;
 mod recipe;
 mod strategy;
 mod value;
 
-pub use strategy::Strategy;
+pub use assistant::Assistant;
+pub use strategy::{Drafts, Strategy};
 pub use value::{Boost, DolaLayers, EarlyStopping, Int, OneOrMany, Seed};
 
 use crate::{
     error::Problem,
-    logits::{LogitsProcessor, PenaltyScope, PrefixFunction},
+    logits::{LogitsProcessor, PenaltyScope, PrefixFunction, Watermarking},
     stop::{CancelToken, StoppingCriteria},
 };
 use serde_json::{Map, Value};
@@ -41,6 +43,8 @@ macro_rules! fields {
             pub stopping_criteria: Vec<Arc<dyn StoppingCriteria>>,
             /// From the prompt's index and the row's ids to the ids that may follow. Not part of the file.
             pub prefix_allowed_tokens_fn: Option<PrefixFunction>,
+            /// The model that writes drafts. Not part of the file.
+            pub assistant_model: Option<Assistant>,
             /// Ends the calls that carry it from another thread. Not part of the file.
             pub cancel: Option<CancelToken>,
             /// Keys of the file that have no field here. They are written back.
@@ -87,6 +91,9 @@ macro_rules! fields {
                 }
                 if self.cancel.is_none() {
                     self.cancel.clone_from(&other.cancel);
+                }
+                if self.assistant_model.is_none() {
+                    self.assistant_model.clone_from(&other.assistant_model);
                 }
                 if self.prefix_allowed_tokens_fn.is_none() {
                     self.prefix_allowed_tokens_fn.clone_from(&other.prefix_allowed_tokens_fn);
@@ -148,11 +155,11 @@ fields! {
     assistant_early_exit: i64 as Int,
     /// Whether this config is that of a model which writes drafts.
     is_assistant: bool,
-    /// Tokens of a draft.
+    /// Tokens of a draft that `assistant_model` writes, at first; 20 unless set.
     num_assistant_tokens: i64 as Int,
-    /// How the number of drafted tokens changes from step to step.
+    /// How the number of drafted tokens changes from step to step: `constant`, `heuristic` or `heuristic_transient`.
     num_assistant_tokens_schedule: String,
-    /// The confidence below which a draft ends.
+    /// A draft ends with a token less likely than this; 0.4 unless set, 0 is off. Adapts to what is kept.
     assistant_confidence_threshold: f64,
     /// Tokens of the draft model's text looked at where tokenizers differ.
     assistant_lookbehind: i64 as Int,
@@ -246,8 +253,8 @@ fields! {
     guidance_scale: f64,
     /// Whether the prompt's last token may be extended.
     token_healing: bool,
-    /// The watermark's parameters.
-    watermarking_config: Value,
+    /// The watermark's parameters: a [`WatermarkingConfig`](crate::logits::WatermarkingConfig).
+    watermarking_config: Watermarking,
 
     /// Rows per prompt.
     num_return_sequences: i64 as Int,
@@ -322,6 +329,14 @@ impl GenerationConfig {
         self
     }
 
+    /// Drafts are written by a smaller model of the same vocabulary, usually `&` its generator, and checked several at a time: the
+    /// outcome is the model's own, only faster.
+    #[must_use]
+    pub fn assistant_model(mut self, assistant: impl Into<Assistant>) -> Self {
+        self.assistant_model = Some(assistant.into());
+        self
+    }
+
     /// Sets the function from the prompt's index and the row's ids to the ids that may follow.
     #[must_use]
     pub fn prefix_allowed_tokens_fn(mut self, function: impl Fn(usize, &[u32]) -> Vec<u32> + Send + Sync + 'static) -> Self {
@@ -339,6 +354,9 @@ impl fmt::Debug for GenerationConfig {
         }
         if !self.stopping_criteria.is_empty() {
             map.entry(&"stopping_criteria", &self.stopping_criteria);
+        }
+        if let Some(assistant) = &self.assistant_model {
+            map.entry(&"assistant_model", &assistant.model);
         }
         if self.prefix_allowed_tokens_fn.is_some() {
             map.entry(&"prefix_allowed_tokens_fn", &"..");

@@ -60,13 +60,27 @@ pub enum Strategy {
         /// Whether tokens are drawn.
         do_sample: bool,
     },
-    /// Greedy search or sampling with drafts of the model's own: an early layer's, or those of heads for several tokens.
+    /// Greedy search or sampling with drafts that a model writes.
     Assisted {
-        /// The early layer; unset, the heads.
-        assistant_early_exit: Option<usize>,
+        /// Who writes them.
+        #[serde(default)]
+        drafts: Drafts,
         /// Whether tokens are drawn.
         do_sample: bool,
     },
+}
+
+/// Who writes the drafts of [`Strategy::Assisted`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Drafts {
+    /// The config's `assistant_model`.
+    #[default]
+    Assistant,
+    /// This layer of the model itself (`assistant_early_exit`).
+    EarlyExit(usize),
+    /// The model's heads for several tokens (`use_mtp`).
+    Mtp,
 }
 
 impl Strategy {

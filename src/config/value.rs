@@ -1,7 +1,10 @@
 //! The types of fields that numbers, strings and lists do not cover, and how each type is read from JSON.
 
 use super::Strategy;
-use crate::{error::Problem, logits::PenaltyScope};
+use crate::{
+    error::Problem,
+    logits::{PenaltyScope, Watermarking},
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -145,6 +148,7 @@ serde_fields! {
     EarlyStopping: "true, false or \"never\"",
     DolaLayers: "\"low\", \"high\" or a list of layers",
     PenaltyScope: "\"all\", \"generated\" or {\"last\": n}",
+    Watermarking: "{\"greenlist_ratio\": a number, \"bias\": a number, \"hashing_key\": an integer, \"seeding_scheme\": \"lefthash\" or \"selfhash\", \"context_width\": an integer from 1 up}",
     Boost: "{\"words\": a list of strings, \"bias\": a number, \"stop\": an integer from 0 up}",
     Strategy: "a mode with its parameters, such as {\"mode\": \"beam\", \"num_beams\": 4}",
 }

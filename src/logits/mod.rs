@@ -9,13 +9,16 @@ mod penalty;
 pub mod pick;
 mod rank;
 mod softmax;
+mod twister;
 mod warp;
+mod watermark;
 
 pub use ban::*;
 pub use draw::*;
 pub use dry::*;
 pub use penalty::*;
 pub use warp::*;
+pub use watermark::*;
 
 pub(crate) use softmax::log_softmax;
 
@@ -197,7 +200,9 @@ mod tests {
             include_str!("pick.rs"),
             include_str!("rank.rs"),
             include_str!("softmax.rs"),
+            include_str!("twister.rs"),
             include_str!("warp.rs"),
+            include_str!("watermark.rs"),
         ];
         for package in [concat!("candle", "_core"), concat!("candle", "_nn")] {
             assert!(sources.iter().all(|source| !source.contains(package)));

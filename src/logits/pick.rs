@@ -2,7 +2,7 @@
 
 use super::{
     rank,
-    softmax::{BLOCK, exp, max, total},
+    softmax::{BLOCK, Softmax, exp, max, total},
 };
 use rand_chacha::{
     ChaCha8Rng,
@@ -53,10 +53,43 @@ pub fn sample(scores: &[f32], u: f64) -> Option<u32> {
     scores.iter().rposition(|&score| weight(score) > 0.0).map(|id| id as u32)
 }
 
+/// A draw from softmax(`p`), made of `id`, a draw from softmax(`q`): `id` itself with probability min(1, p / q), otherwise a
+/// draw from what `p` has more than `q` (<https://arxiv.org/abs/2211.17192>). `accept` and `redraw` are uniform in `[0, 1)`.
+pub(crate) fn correct(p: &[f32], q: &[f32], id: u32, accept: f64, redraw: f64) -> Option<u32> {
+    let (Some(of_p), Some(of_q)) = (Softmax::of(p), Softmax::of(q)) else {
+        // One of them is sure of a token: then `id` says nothing.
+        return sample(p, redraw);
+    };
+    let p_of = |score: f32| f64::from(of_p.weight(score)) / of_p.sum;
+    let q_of = |score: f32| f64::from(of_q.weight(score)) / of_q.sum;
+    let (&p_id, &q_id) = (p.get(id as usize)?, q.get(id as usize)?);
+    if accept * q_of(q_id) < p_of(p_id) {
+        return Some(id);
+    }
+    let more = || p.iter().zip(q).map(|(&p, &q)| (p_of(p) - q_of(q)).max(0.0));
+    let mut goal = redraw * more().sum::<f64>();
+    let mut last = None;
+    for (id, weight) in more().enumerate().filter(|&(_, weight)| weight > 0.0) {
+        last = Some(id as u32);
+        if weight > goal {
+            return last;
+        }
+        goal -= weight;
+    }
+    // Nothing is left of `p` where both are the same but for rounding.
+    last.or_else(|| sample(p, redraw))
+}
+
 /// The draw of step `step` of a row, uniform in `[0, 1)` with 53 bits: two words of ChaCha8 at a counted position, so
 /// forks carry no state.
 pub fn uniform(seed: u64, step: u64) -> f64 {
+    uniform_of(seed, 0, step)
+}
+
+/// A further draw of the same step; [`uniform`] is that of lane 0.
+pub(crate) fn uniform_of(seed: u64, lane: u64, step: u64) -> f64 {
     let mut words = ChaCha8Rng::seed_from_u64(seed);
+    words.set_stream(lane);
     words.set_word_pos(2 * u128::from(step));
     (words.next_u64() >> 11) as f64 / (1u64 << 53) as f64
 }
@@ -154,6 +187,32 @@ mod tests {
         let draws = [uniform(0, 0), uniform(0, 1), uniform(1, 0), uniform(u64::MAX, u64::MAX)];
         assert_eq!(draws, [0.7090754154265618, 0.46592172228961015, 0.40248566366484806, 0.13623943518840775]);
         assert_eq!([row_seed(42, 0), row_seed(42, 1), row_seed(42, 2)], [42, 13_679_457_532_755_275_413, 2_949_826_092_126_892_291]);
+    }
+
+    #[test]
+    fn corrected_draws_follow_the_target() {
+        let p = [2.0f32.ln(), 1.0f32.ln(), 5.0f32.ln(), -INF, 2.0f32.ln()];
+        for q in [[0.0, 3.0, -1.0, 0.5, -INF], [-INF, -INF, -INF, 0.0, -INF], [0.0; 5], p] {
+            let draws = 20_000;
+            let mut counts = [0u32; 5];
+            let mut kept = 0;
+            for step in 0..draws {
+                let [draft, accept, redraw] = [1, 2, 3].map(|lane| uniform_of(3, lane, step));
+                let id = sample(&q, draft).unwrap_or_default();
+                let token = correct(&p, &q, id, accept, redraw).unwrap_or(3);
+                kept += u32::from(token == id);
+                counts[token as usize] += 1;
+            }
+            let expected = [0.2, 0.1, 0.5, 0.0, 0.2].map(|part| part * draws as f64);
+            assert_eq!(counts[3], 0);
+            let terms = expected.iter().zip(counts).filter(|(expected, _)| **expected > 0.0);
+            let chi_square: f64 = terms.map(|(expected, count)| (f64::from(count) - expected).powi(2) / expected).sum();
+            assert!(chi_square < 16.27, "{chi_square}"); // 3 degrees of freedom, p = 0.001
+            assert!(q != p || kept == draws as u32);
+        }
+        assert_eq!(correct(&[0.0, INF], &[0.0, 0.0], 0, 0.0, 0.9), Some(1));
+        assert_eq!(correct(&[0.0, -INF], &[0.0, INF], 1, 0.0, 0.9), Some(0));
+        assert_eq!(correct(&[0.0, -INF], &[-INF, 0.0], 1, 0.0, 0.0), Some(0));
     }
 
     #[test]

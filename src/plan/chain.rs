@@ -11,6 +11,8 @@ use std::{collections::HashSet, sync::Arc};
 /// What runs over the scores of every step.
 pub(super) struct Chain {
     pub processors: Vec<Arc<dyn LogitsProcessor>>,
+    /// So many of them, the first, are not about the draw.
+    pub shaping: usize,
     pub keywords: Option<Keywords>,
 }
 
@@ -18,13 +20,15 @@ impl Chain {
     pub fn new(check: &mut Check<'_>, eos: &[u32]) -> Self {
         let keywords = keywords(check);
         let mut processors = merge(shape(check, eos, keywords.as_ref()), &check.config.logits_processors);
+        let shaping = processors.len();
         if check.strategy.samples() {
             processors.extend(warp(check, eos));
         }
+        processors.extend(watermark(check));
         if check.config.renormalize_logits == Some(true) {
             processors.push(Arc::new(Renormalize));
         }
-        Self { processors, keywords }
+        Self { processors, shaping, keywords }
     }
 }
 
@@ -167,6 +171,23 @@ fn warp(check: &mut Check<'_>, eos: &[u32]) -> Vec<Arc<dyn LogitsProcessor>> {
         list.push(Arc::new(EtaCutoff { eta_cutoff, min_tokens_to_keep }));
     }
     list
+}
+
+/// The watermark, after all that shapes the scores.
+fn watermark(check: &mut Check<'_>) -> Option<Arc<dyn LogitsProcessor>> {
+    match check.config.watermarking_config.as_ref()? {
+        Watermarking::Greenlist(config) => {
+            let problems = config.problems();
+            if problems.is_empty() {
+                return Watermark::new(config).ok().map(|watermark| Arc::new(watermark) as _);
+            }
+            problems.into_iter().for_each(|problem| check.refuse(&problem.field, problem.value, problem.reason));
+        }
+        Watermarking::SynthId { .. } => {
+            check.lacks("watermarking_config with SynthID is not built; accepted are the fields of a green list")
+        }
+    }
+    None
 }
 
 /// The user's processors after the built-in ones, or in place of the one of the same name.

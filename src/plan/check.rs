@@ -1,8 +1,8 @@
 //! Looks at every value that the mode uses, and remembers all that is wrong.
 
-use super::{Beams, Capacity, Length, Merged, Origin, Record, Seeds};
+use super::{Beams, Capacity, Draft, Length, Merged, Origin, Record, Seeds};
 use crate::{
-    config::{EarlyStopping, GenerationConfig, OneOrMany, Strategy},
+    config::{Assistant, Drafts, EarlyStopping, GenerationConfig, OneOrMany, Strategy},
     error::{Error, Problem, Result},
     logits::{Breakers, Draw},
     model::ModelInfo,
@@ -17,12 +17,14 @@ const DRY_BREAKERS: [&str; 4] = ["\n", ":", "\"", "*"];
 /// The modes that this version offers.
 fn built(strategy: &Strategy) -> bool {
     match strategy {
-        Strategy::Greedy | Strategy::Sample | Strategy::Beam { .. } | Strategy::BeamSample { .. } | Strategy::DiverseBeam { .. } => true,
-        Strategy::ConstrainedBeam { .. }
-        | Strategy::Contrastive { .. }
-        | Strategy::Dola { .. }
+        Strategy::Greedy
+        | Strategy::Sample
+        | Strategy::Beam { .. }
+        | Strategy::BeamSample { .. }
+        | Strategy::DiverseBeam { .. }
         | Strategy::PromptLookup { .. }
-        | Strategy::Assisted { .. } => false,
+        | Strategy::Assisted { drafts: Drafts::Assistant, .. } => true,
+        Strategy::ConstrainedBeam { .. } | Strategy::Contrastive { .. } | Strategy::Dola { .. } | Strategy::Assisted { .. } => false,
     }
 }
 
@@ -56,6 +58,11 @@ impl<'a> Check<'a> {
 
     pub fn refuse(&mut self, field: &str, value: impl Display, reason: impl Into<String>) {
         self.problems.push(Problem { field: field.to_owned(), value: value.to_string(), reason: reason.into() });
+    }
+
+    /// What is known, but not offered.
+    pub fn lacks(&mut self, what: impl Into<String>) {
+        self.unsupported.push(what.into());
     }
 
     /// An integer of at least `least`.
@@ -177,7 +184,12 @@ impl<'a> Check<'a> {
     pub fn mode(&mut self) {
         let config = self.config;
         if let Some(strategy) = &self.merged.contradicted {
-            let reason = format!("the flags set beside it mean {}; accepted is one of the two", json!(self.strategy));
+            let reason = match strategy {
+                Strategy::Assisted { drafts: Drafts::Assistant, .. } if config.assistant_model.is_none() => {
+                    "it needs an assistant_model, and none is set".into()
+                }
+                _ => format!("the flags set beside it mean {}; accepted is one of the two", json!(self.strategy)),
+            };
             self.refuse("strategy", json!(strategy), reason);
         }
         if !built(self.strategy) {
@@ -185,16 +197,78 @@ impl<'a> Check<'a> {
         }
         self.whole("num_beams", config.num_beams, 1);
         self.number("assistant_ensemble_weight", config.assistant_ensemble_weight, "a number above 0 and below 1", |x| x > 0.0 && x < 1.0);
+        let assisted = matches!(self.strategy, Strategy::Assisted { .. });
         let asked = [
             ("guidance_scale", config.guidance_scale.is_some_and(|scale| scale != 1.0)),
-            ("token_healing", config.token_healing == Some(true)),
-            ("watermarking_config", config.watermarking_config.is_some()),
+            ("token_healing of an encoder-decoder model", config.token_healing == Some(true) && self.info.is_encoder_decoder),
             ("is_assistant", config.is_assistant == Some(true)),
             ("use_mtp", config.use_mtp == Some(true)),
+            ("speculation_type", assisted && config.speculation_type.is_some()),
+            ("assistant_ensemble_weight", assisted && config.assistant_ensemble_weight.is_some()),
             ("output_attentions", config.output_attentions == Some(true)),
             ("output_hidden_states", config.output_hidden_states == Some(true)),
         ];
         self.unsupported.extend(asked.into_iter().filter(|(_, asked)| *asked).map(|(field, _)| format!("{field} is not built yet")));
+    }
+
+    /// Where drafts come from.
+    pub fn draft(&mut self) -> Option<Draft> {
+        let config = self.config;
+        let draft = match self.strategy {
+            Strategy::PromptLookup { .. } => {
+                let num_tokens = self.whole("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens, 1).unwrap_or(1);
+                // HF: 0 means 2 there, too.
+                let size = config.max_matching_ngram_size.unwrap_or(2);
+                Draft::Lookup { num_tokens, ngram: self.whole("max_matching_ngram_size", Some(size), 1).unwrap_or(2) }
+            }
+            Strategy::Assisted { drafts: Drafts::Assistant, .. } => {
+                let assistant = config.assistant_model.clone()?;
+                self.assistant(&assistant);
+                // HF: these three come from the assistant's own generation_config.json there; a call has one config here.
+                let num_tokens = self.whole("num_assistant_tokens", config.num_assistant_tokens, 1).unwrap_or(1);
+                let threshold = config.assistant_confidence_threshold;
+                let within = |x: f32| (0.0..=1.0).contains(&x);
+                let threshold = self.number("assistant_confidence_threshold", threshold, "a number from 0 to 1", within).unwrap_or(0.0);
+                let adaptive = match config.num_assistant_tokens_schedule.as_deref() {
+                    None | Some("constant") => false,
+                    // HF: "heuristic" goes on with the last length in the next call; here no call depends on an earlier one.
+                    Some("heuristic" | "heuristic_transient") => true,
+                    Some(name) => {
+                        self.refuse(
+                            "num_assistant_tokens_schedule",
+                            json!(name),
+                            "accepted are constant, heuristic and heuristic_transient",
+                        );
+                        false
+                    }
+                };
+                Draft::Model { assistant, num_tokens, adaptive, threshold }
+            }
+            _ => return None,
+        };
+        if config.use_cache == Some(false) {
+            self.refuse("use_cache", false, "drafts are checked on top of the cache; accepted is true");
+        }
+        Some(draft)
+    }
+
+    /// The ids of both models have to mean the same. Tokenizers tell; without both of them only the number of logits does, which
+    /// tables padded to different sizes have different.
+    fn assistant(&mut self, assistant: &Assistant) {
+        let (own, other) = (self.info, assistant.model.info());
+        let reason = match (self.tokenizer, &assistant.tokenizer) {
+            _ if other.is_encoder_decoder && !own.is_encoder_decoder => {
+                "it has an encoder, which this model has not; accepted is a decoder-only model".to_owned()
+            }
+            (Some(own), Some(other)) if own.same_vocabulary(other) => return,
+            (Some(_), Some(_)) => "its tokenizer has another vocabulary; accepted is a model with the same".to_owned(),
+            _ if own.vocab_size == other.vocab_size => return,
+            _ => format!(
+                "it has {} logits, this model {}; accepted are as many, or a generator whose tokenizer shows that the vocabulary is the same",
+                other.vocab_size, own.vocab_size
+            ),
+        };
+        self.refuse("assistant_model", &other.name, reason);
     }
 
     /// The ids that end a row.
@@ -333,6 +407,14 @@ impl<'a> Check<'a> {
             self.refuse("prefill_chunk_size", size, "chunks need the cache; accepted with use_cache = true");
         }
         size
+    }
+
+    pub fn token_healing(&mut self) -> bool {
+        let heals = self.config.token_healing == Some(true);
+        if heals && self.tokenizer.is_none() {
+            self.refuse("token_healing", true, "it needs a tokenizer, and the generator has none");
+        }
+        heals
     }
 
     pub fn decoder_start(&mut self) -> Vec<u32> {

@@ -93,6 +93,7 @@ fn unused(field: &str, merged: &Merged, info: &ModelInfo, eos: &[u32]) -> Option
         {
             by_mode()
         }
+        "assistant_lookbehind" | "target_lookbehind" => Some("both models have one vocabulary".into()),
         "penalty_scope" | "penalty_exempt_ids" if config.repetition_penalty == Some(1.0) => Some("repetition_penalty is off".into()),
         "processed_log_probs" if config.log_probs.is_none() => Some("log_probs is not set".into()),
         "include_stop_string" if config.stop_strings.is_none() => Some("stop_strings is not set".into()),

@@ -1,6 +1,6 @@
 //! Which value of a field wins, and where it came from.
 
-use crate::config::{GenerationConfig, Strategy};
+use crate::config::{Drafts, GenerationConfig, Strategy};
 use serde_json::{Map, Value};
 
 /// Where a value came from.
@@ -47,7 +47,9 @@ impl Merged {
         let infer = |config: &GenerationConfig| Strategy::infer(&config.clone().or(&defaults));
         let own = call.clone().flat();
         let flat = model.clone().flat();
-        let contradicted = call.strategy.clone().filter(|strategy| infer(&strategy.flags()) != infer(&own));
+        // Drafts extend greedy search and sampling; a typed mode of these two is not contradicted by them.
+        let meant = |strategy: &Strategy| infer(&strategy.flags().or(&own.drafts()));
+        let contradicted = call.strategy.clone().filter(|strategy| meant(strategy) != infer(&own) || lacks_assistant(strategy, &own));
         let rest = if call.strategy.is_some() { flat.clone().without_mode() } else { flat.clone() };
         let config = own.clone().or(&rest).or(&defaults);
         let (call_entries, model_entries, default_entries) = (own.entries(), rest.entries(), defaults.entries());
@@ -75,6 +77,10 @@ impl Merged {
             Origin::Default
         }
     }
+}
+
+fn lacks_assistant(strategy: &Strategy, config: &GenerationConfig) -> bool {
+    matches!(strategy, Strategy::Assisted { drafts: Drafts::Assistant, .. }) && config.assistant_model.is_none()
 }
 
 /// Keys that transformers writes for itself.

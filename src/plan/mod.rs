@@ -9,7 +9,7 @@ pub use explain::{Explanation, Setting};
 pub use merge::Origin;
 
 use crate::{
-    config::{EarlyStopping, GenerationConfig, Strategy},
+    config::{Assistant, EarlyStopping, GenerationConfig, Strategy},
     error::Result,
     logits::{Draw, KeywordBoost, LogitsProcessor},
     model::{ModelInfo, Room},
@@ -34,6 +34,10 @@ pub struct Plan {
     pub processors: Vec<Arc<dyn LogitsProcessor>>,
     /// How sampling draws a token from the processed scores.
     pub draw: Draw,
+    /// So many processors, the first, are not about the draw.
+    pub shaping: usize,
+    /// Where drafts come from, in the modes that have them.
+    pub draft: Option<Draft>,
     /// Names the keywords of `keyword_boost`, in the order of its processor.
     pub keywords: Option<Keywords>,
     /// When a row ends by its length.
@@ -64,12 +68,37 @@ pub struct Plan {
     pub capacity: Capacity,
     /// Tokens of a prompt computed in one pass.
     pub prefill_chunk_size: Option<usize>,
+    /// Whether the last token of each prompt may become a longer one.
+    pub token_healing: bool,
     /// Prepended to the prompt where a text prompt encodes to nothing.
     pub bos: Option<u32>,
     /// The first id of an encoder-decoder model's rows: one for all, or one for each prompt. Empty for other models.
     pub decoder_start: Vec<u32>,
     /// What `explain()` prints.
     pub explanation: Explanation,
+}
+
+/// Where drafts come from: tokens that may follow, checked several at a time.
+#[derive(Debug, Clone)]
+pub enum Draft {
+    /// From the row itself: what followed its last tokens earlier on.
+    Lookup {
+        /// Tokens of a draft.
+        num_tokens: usize,
+        /// The most tokens that have to be the same.
+        ngram: usize,
+    },
+    /// From another model.
+    Model {
+        /// The model.
+        assistant: Assistant,
+        /// Tokens of a draft, at first.
+        num_tokens: usize,
+        /// Whether drafts become longer with success and shorter without.
+        adaptive: bool,
+        /// A draft ends with a token less likely than this, at first; 0 is off.
+        threshold: f32,
+    },
 }
 
 /// When a row ends by its length.
@@ -178,10 +207,12 @@ impl Plan {
         let mut check = Check::new(&merged, info, tokenizer);
         check.mode();
         let eos = check.eos();
-        let Chain { processors, keywords } = Chain::new(&mut check, &eos);
+        let Chain { processors, shaping, keywords } = Chain::new(&mut check, &eos);
         let config = &merged.config;
         let plan = Self {
             strategy: merged.strategy.clone(),
+            shaping,
+            draft: check.draft(),
             keywords,
             draw: check.draw(),
             length: check.length(),
@@ -197,6 +228,7 @@ impl Plan {
             use_cache: config.use_cache != Some(false),
             capacity: check.capacity(),
             prefill_chunk_size: check.prefill_chunk_size(),
+            token_healing: check.token_healing(),
             bos: config.bos_token_id.and_then(|id| u32::try_from(id).ok()),
             decoder_start: check.decoder_start(),
             explanation: Explanation::new(&merged, info, &processors, &eos),
@@ -218,6 +250,14 @@ impl Plan {
         let tracer =
             || Tracer { processors: self.processors.clone(), mode: self.strategy.name(), log_probs: self.strategy.num_beams() > 1, count };
         self.record.trace.then(|| Arc::new(tracer()))
+    }
+
+    /// The model that writes drafts.
+    pub fn assistant(&self) -> Option<&ModelInfo> {
+        match &self.draft {
+            Some(Draft::Model { assistant, .. }) => Some(assistant.model.info()),
+            _ => None,
+        }
     }
 
     /// The room of a fresh cache for a prompt of `prompt_len` tokens.

@@ -1,5 +1,6 @@
 use super::*;
 use crate::{
+    config::Drafts,
     error::Error,
     logits::{History, LogitsProcessor},
     model::Context,
@@ -45,7 +46,7 @@ fn everything() -> GenerationConfig {
         "no_repeat_ngram_size": 3, "encoder_no_repeat_ngram_size": 4, "bad_words_ids": [[7]], "min_length": 4, "forced_bos_token_id": 1,
         "forced_eos_token_id": 2, "remove_invalid_values": true, "exponential_decay_length_penalty": [2, 1.5], "suppress_tokens": [8],
         "begin_suppress_tokens": [9], "do_sample": true, "temperature": 0.5, "top_h": 0.5, "top_k": 5, "top_p": 0.5, "min_p": 0.1,
-        "typical_p": 0.5, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01, "renormalize_logits": true,
+        "typical_p": 0.5, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01, "renormalize_logits": true, "watermarking_config": {"hashing_key": 9},
     });
     config(json).prefix_allowed_tokens_fn(|_, _| vec![1])
 }
@@ -93,6 +94,7 @@ fn processors_run_in_the_order_of_the_reference() {
         "Typical",
         "EpsilonCutoff",
         "EtaCutoff",
+        "Watermark",
         "Renormalize",
     ];
     assert_eq!(types(&planned(&everything())), order);
@@ -159,7 +161,7 @@ fn own_processors_run_before_sampling_or_in_place_of_a_namesake() {
     let types = types(&planned(&call));
     assert_eq!(types[2], "Own");
     assert_eq!(types[13..16], ["SuppressAtBegin", "Own", "Temperature"]);
-    assert_eq!(types.len(), 24);
+    assert_eq!(types.len(), 25);
 }
 
 #[test]
@@ -241,6 +243,11 @@ fn a_strategy_may_not_contradict_the_flags_beside_it() {
     assert_eq!(refused(Plan::new(&GenerationConfig::greedy().num_beams(4), &GenerationConfig::new(), &info(), None)), ["strategy"]);
     assert_eq!(refused(Plan::new(&GenerationConfig::greedy().do_sample(true), &GenerationConfig::new(), &info(), None)), ["strategy"]);
     assert!(Plan::new(&GenerationConfig::greedy().num_beams(1).top_k(3), &GenerationConfig::new(), &info(), None).is_ok());
+    let lookup = planned(&GenerationConfig::sampling().prompt_lookup_num_tokens(4));
+    assert_eq!(lookup.strategy, Strategy::PromptLookup { prompt_lookup_num_tokens: 4, max_matching_ngram_size: 2, do_sample: true });
+    assert!(matches!(lookup.draft, Some(Draft::Lookup { num_tokens: 4, ngram: 2 })));
+    let alone = GenerationConfig::new().strategy(Strategy::Assisted { drafts: Drafts::Assistant, do_sample: false });
+    assert_eq!(refused(Plan::new(&alone, &GenerationConfig::new(), &info(), None)), ["strategy"]);
 }
 
 #[test]
@@ -298,6 +305,11 @@ fn what_cannot_be_honoured_is_refused() {
         ("num_return_sequences", json!({"num_return_sequences": 2})),
         ("num_return_sequences", json!({"num_return_sequences": 0})),
         ("num_return_sequences", json!({"num_return_sequences": 5, "num_beams": 4})),
+        ("watermarking_config.bias", json!({"watermarking_config": {"bias": 1e300}})),
+        ("token_healing", json!({"token_healing": true})),
+        ("prompt_lookup_num_tokens", json!({"prompt_lookup_num_tokens": 0})),
+        ("max_matching_ngram_size", json!({"prompt_lookup_num_tokens": 2, "max_matching_ngram_size": 0})),
+        ("use_cache", json!({"prompt_lookup_num_tokens": 2, "use_cache": false})),
         ("log_probs", json!({"log_probs": -1})),
         ("cache_implementation", json!({"cache_implementation": "statik"})),
         ("max_cache_len", json!({"max_cache_len": 0})),
@@ -387,11 +399,9 @@ fn what_is_not_built_yet_is_unsupported_and_named() {
         ("constrained_beam", json!({"num_beams": 2, "force_words_ids": [[1]]})),
         ("contrastive", json!({"penalty_alpha": 0.5})),
         ("dola", json!({"dola_layers": "high"})),
-        ("prompt_lookup", json!({"prompt_lookup_num_tokens": 2})),
         ("assisted", json!({"assistant_early_exit": 2})),
         ("guidance_scale", json!({"guidance_scale": 1.5})),
-        ("token_healing", json!({"token_healing": true})),
-        ("watermarking_config", json!({"watermarking_config": {}})),
+        ("watermarking_config", json!({"watermarking_config": {"ngram_len": 5, "keys": [1, 2]}})),
         ("is_assistant", json!({"is_assistant": true})),
         ("use_mtp", json!({"use_mtp": true, "num_beams": 2})),
         ("output_attentions", json!({"output_attentions": true})),

@@ -240,7 +240,7 @@ mod tests {
         let model = Toy(ModelInfo::new("toy", 12));
         let mut plan = Plan::new(config, &GenerationConfig::new(), model.info(), None).unwrap();
         plan.strategy = strategy;
-        let mut search = search::new(&plan.strategy).unwrap();
+        let mut search = search::new(&plan).unwrap();
         let mut rows = Vec::new();
         for (index, prompt) in prompts.iter().enumerate() {
             let mut row = Row::new(prompt.to_vec(), None, Box::new(Fed(Vec::new())), &plan, None).unwrap();

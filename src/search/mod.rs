@@ -1,9 +1,11 @@
 //! Searches: rows in, rows out, over one forward pass. None knows a model family, a tokenizer or a device.
 
 mod beam;
+mod draft;
 mod group;
 mod hypotheses;
 mod single;
+mod speculative;
 
 use crate::{
     config::Strategy,
@@ -69,8 +71,11 @@ pub struct Turn<'a> {
 }
 
 /// The search of a strategy that has been built.
-pub fn new(strategy: &Strategy) -> Result<Box<dyn Search>> {
-    match strategy {
+pub fn new(plan: &Plan) -> Result<Box<dyn Search>> {
+    if let Some(draft) = &plan.draft {
+        return Ok(Box::new(speculative::Speculative::new(draft, plan.strategy.samples())));
+    }
+    match &plan.strategy {
         Strategy::Greedy => Ok(Box::new(single::Single::Greedy)),
         Strategy::Sample => Ok(Box::new(single::Single::Sample)),
         Strategy::Beam { .. } | Strategy::BeamSample { .. } | Strategy::DiverseBeam { .. } => Ok(Box::new(beam::Beam::default())),
@@ -113,6 +118,14 @@ pub fn host(logits: Values, rows: usize, vocab_size: usize) -> Result<Vec<f32>> 
 impl Turn<'_> {
     /// Computes the pending tokens of every row in one pass; the logits after each row's last, row after row.
     pub fn logits(&mut self) -> Result<Vec<f32>> {
+        self.ready()?;
+        let mut feeds: Vec<_> = self.rows.iter_mut().map(feed).collect();
+        let forward = compute(self.model, &mut feeds, Want::Last, self.forward)?;
+        host(forward.logits, self.rows.len(), self.model.info().vocab_size)
+    }
+
+    /// Sees to it that every row has pending tokens, as it has before every pass.
+    fn ready(&mut self) -> Result<()> {
         self.restart()?;
         if let Some(row) = self.rows.iter().find(|row| row.pending().is_empty()) {
             let (held, len) = (row.cache.len(), row.tokens.len());
@@ -120,9 +133,7 @@ impl Turn<'_> {
                 "the model's cache holds {held} positions of a row of {len} tokens, the last not computed"
             )));
         }
-        let mut feeds: Vec<_> = self.rows.iter_mut().map(feed).collect();
-        let forward = compute(self.model, &mut feeds, Want::Last, self.forward)?;
-        host(forward.logits, self.rows.len(), self.model.info().vocab_size)
+        Ok(())
     }
 
     /// Runs the processors over the scores of one row.

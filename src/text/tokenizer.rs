@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use std::{
     collections::{BTreeMap, HashSet},
     fmt,
+    hash::{DefaultHasher, Hash, Hasher},
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
     sync::{Arc, OnceLock},
@@ -23,6 +24,8 @@ struct Shared {
     named: BTreeMap<String, String>,
     special: HashSet<u32>,
     texts: OnceLock<Vec<(u32, String)>>,
+    /// A hash of the vocabulary.
+    fingerprint: OnceLock<u64>,
 }
 
 impl Tokenizer {
@@ -82,6 +85,19 @@ impl Tokenizer {
         })
     }
 
+    /// Whether ids mean the same to both; tokens that were added to the vocabulary may differ. The vocabularies are read once.
+    pub fn same_vocabulary(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.shared, &other.shared) || self.fingerprint() == other.fingerprint()
+    }
+
+    fn fingerprint(&self) -> u64 {
+        *self.shared.fingerprint.get_or_init(|| {
+            let mut hasher = DefaultHasher::new();
+            (0..self.shared.inner.get_vocab_size(false) as u32).for_each(|id| self.token(id).hash(&mut hasher));
+            hasher.finish()
+        })
+    }
+
     /// The number of tokens it knows, added ones included; a model may have logits for more.
     pub fn vocab_size(&self) -> usize {
         self.shared.inner.get_vocab_size(true)
@@ -95,6 +111,14 @@ impl Tokenizer {
     /// The id of a token, in the vocabulary's own spelling.
     pub fn id(&self, token: &str) -> Option<u32> {
         self.shared.inner.token_to_id(token)
+    }
+
+    /// The ids of the tokens that begin with `prefix`, in the vocabulary's own spelling. Looks at the whole vocabulary.
+    pub fn extensions(&self, prefix: &str) -> Vec<u32> {
+        let vocabulary = self.shared.inner.get_vocab(true);
+        let mut ids: Vec<u32> = vocabulary.into_iter().filter(|(token, _)| token.starts_with(prefix)).map(|(_, id)| id).collect();
+        ids.sort_unstable();
+        ids
     }
 
     /// Whether an id stands for a special token, which is no part of a text.
@@ -117,6 +141,11 @@ impl Tokenizer {
         self.role("pad_token")
     }
 
+    /// The token that stands for what the vocabulary lacks.
+    pub fn unk(&self) -> Option<u32> {
+        self.role("unk_token")
+    }
+
     fn role(&self, role: &str) -> Option<u32> {
         self.id(self.shared.named.get(role)?)
     }
@@ -127,7 +156,7 @@ impl Tokenizer {
         let _ = inner.with_truncation(None);
         let added = inner.get_added_tokens_decoder();
         let special = added.into_iter().filter(|(_, token)| token.special).map(|(id, _)| id).collect();
-        Self { shared: Arc::new(Shared { inner, named, special, texts: OnceLock::new() }) }
+        Self { shared: Arc::new(Shared { inner, named, special, texts: OnceLock::new(), fingerprint: OnceLock::new() }) }
     }
 }
 
@@ -193,6 +222,24 @@ mod tests {
         assert_eq!(tokenizer.variants("").unwrap(), [tokenizer.encode(" ", false).unwrap()]);
         let date = Tokenizer::from_folder(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/models/date-normaliser")).unwrap().unwrap();
         assert_eq!(date.variants("may").unwrap().len(), 1, "its normaliser strips spaces");
+    }
+
+    #[test]
+    fn extensions_begin_as_the_prefix() {
+        let tokenizer = Tokenizer::from_folder(STORYTELLER).unwrap().unwrap();
+        let tokens = |prefix: &str| tokenizer.extensions(prefix).iter().map(|&id| tokenizer.token(id).unwrap()).collect::<Vec<_>>();
+        assert_eq!(tokens("Ġprinc"), ["Ġprincess", "Ġprince"]);
+        assert_eq!(tokens("<|"), ["<|pad|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>"]);
+        assert_eq!(tokens("zzz"), [""; 0]);
+        assert_eq!(tokenizer.extensions("").len(), 2048);
+    }
+
+    #[test]
+    fn vocabularies_are_compared() {
+        let tokenizer = Tokenizer::from_folder(STORYTELLER).unwrap().unwrap();
+        assert!(tokenizer.same_vocabulary(&Tokenizer::from_folder(STORYTELLER).unwrap().unwrap()));
+        let date = Tokenizer::from_folder(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/models/date-normaliser")).unwrap().unwrap();
+        assert!(!tokenizer.same_vocabulary(&date));
     }
 
     #[test]

@@ -43,6 +43,7 @@ def full():
     yield from forced()
     yield from combinations()
     yield from sampling()
+    yield from watermarks()
 
 
 def lengths():
@@ -261,6 +262,18 @@ def sampling():
     yield sample("penalised", repetition_penalty=1.6, temperature=0.9, top_k=30, top_p=0.85, renormalize_logits=True, idle=["top_k"])
     yield sample("narrow", temperature=0.9, top_h=0.7, top_k=15, top_p=0.95, min_p=0.02, typical_p=0.8, epsilon_cutoff=0.003,
                  eta_cutoff=0.003, idle=["top_h", "top_k", "top_p", "min_p", "epsilon_cutoff", "eta_cutoff"])  # fmt: skip
+
+
+def watermarks():
+    def mark(name, rows=(6, 9), more={}, **scheme):
+        return Case(name, list(rows), dict(max_new_tokens=12, watermarking_config=scheme) | more)
+
+    yield mark("watermark", greenlist_ratio=0.25, bias=2.0, hashing_key=15485863, seeding_scheme="lefthash", context_width=1)
+    yield mark("watermark_selfhash", greenlist_ratio=0.4, bias=2.5, hashing_key=-7, seeding_scheme="selfhash", context_width=3)
+    yield mark(
+        "watermark_after_a_penalty", more=dict(repetition_penalty=1.3, renormalize_logits=True), greenlist_ratio=0.5, bias=1.5,
+        hashing_key=99, seeding_scheme="lefthash", context_width=2,
+    )  # fmt: skip
 
 
 def sampling_file():

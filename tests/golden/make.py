@@ -14,6 +14,7 @@ Every folder holds a checkpoint in Hugging Face's format and `cases.jsonl`, one 
     sequences          generated ids of each row; absent where they are drawn
     ties               whether best scores are equal somewhere; the lowest id wins
     finish             eos, length or stop_string, for each row
+    z_scores           what WatermarkDetector says of each row, where a mark is asked for
     texts, trimmed     (storyteller) the ids decoded, and the same up to the stop string
     scores             [row][step] {top, banned | kept}: the best processed scores as [id, value], and the ids at -inf
                        or, where most are, those that are not

@@ -229,6 +229,9 @@ def line(case, fields, rows, oracle):
         out["finish"] = [row.finish for row in rows]
     if case.texts and not drawn:
         out["texts"], out["trimmed"] = zip(*(oracle.text(row, fields) for row in rows))
+    if scheme := fields.get("watermarking_config"):
+        detector = transformers.WatermarkDetector(oracle.model.config, "cpu", copy.deepcopy(scheme))
+        out["z_scores"] = [float(detector(torch.tensor([row.tokens]), return_dict=True).z_score[0]) for row in rows]
     count = oracle.vocab if drawn else 6
     out["scores"] = [[score(step, count) for step in row.scores] for row in rows]
     count = oracle.vocab if case.full else 3
