@@ -144,20 +144,29 @@ impl Generator {
     }
 
     fn plan(&self, config: &GenerationConfig) -> Result<Plan> {
-        Plan::new(config, &self.config, self.model().info(), self.tokenizer())
+        let mut plan = Plan::new(config, &self.config, self.model().info(), self.tokenizer())?;
+        if let Some(negative) = &mut plan.negative {
+            let prompts = if config.negative_prompts.is_empty() { &self.config } else { config };
+            for prompt in &prompts.negative_prompts {
+                negative.push(self.filled(prompt, plan.bos)?);
+            }
+        }
+        Ok(plan)
     }
 
     fn run<P: Into<Prompt>>(&self, prompts: impl IntoIterator<Item = P>, config: &GenerationConfig) -> Result<Run> {
         let plan = self.plan(config)?;
         let mut ids = Vec::new();
         for prompt in prompts {
-            let mut prompt = self.encode(prompt)?;
-            if prompt.is_empty() {
-                prompt.extend(plan.bos);
-            }
-            ids.push(prompt);
+            ids.push(self.filled(prompt, plan.bos)?);
         }
         Run::new(self.setting.clone(), plan, ids)
+    }
+
+    // A prompt that encodes to nothing is `bos`.
+    fn filled(&self, prompt: impl Into<Prompt>, bos: Option<u32>) -> Result<Vec<u32>> {
+        let ids = self.encode(prompt)?;
+        Ok(if ids.is_empty() { bos.into_iter().collect() } else { ids })
     }
 }
 

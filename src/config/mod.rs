@@ -12,6 +12,7 @@ use crate::{
     error::Problem,
     logits::{LogitsProcessor, PenaltyScope, PrefixFunction},
     stop::{CancelToken, StoppingCriteria},
+    text::Prompt,
 };
 use serde_json::{Map, Value};
 use std::{fmt, sync::Arc};
@@ -41,6 +42,9 @@ macro_rules! fields {
             pub stopping_criteria: Vec<Arc<dyn StoppingCriteria>>,
             /// From the prompt's index and the row's ids to the ids that may follow. Not part of the file.
             pub prefix_allowed_tokens_fn: Option<PrefixFunction>,
+            /// What guided rows are led away from, with `guidance_scale`: one prompt for all, or one for each; unless set, each
+            /// prompt's last token. Not part of the file.
+            pub negative_prompts: Vec<Prompt>,
             /// Ends the calls that carry it from another thread. Not part of the file.
             pub cancel: Option<CancelToken>,
             /// Keys of the file that have no field here. They are written back.
@@ -84,6 +88,9 @@ macro_rules! fields {
                 }
                 if self.stopping_criteria.is_empty() {
                     self.stopping_criteria.clone_from(&other.stopping_criteria);
+                }
+                if self.negative_prompts.is_empty() {
+                    self.negative_prompts.clone_from(&other.negative_prompts);
                 }
                 if self.cancel.is_none() {
                     self.cancel.clone_from(&other.cancel);
@@ -291,6 +298,19 @@ impl GenerationConfig {
         self
     }
 
+    /// Sets what guided rows are led away from, for every prompt of the call.
+    #[must_use]
+    pub fn negative_prompt(self, prompt: impl Into<Prompt>) -> Self {
+        self.negative_prompts([prompt])
+    }
+
+    /// Sets what guided rows are led away from, one for each prompt of the call.
+    #[must_use]
+    pub fn negative_prompts<P: Into<Prompt>>(mut self, prompts: impl IntoIterator<Item = P>) -> Self {
+        self.negative_prompts = prompts.into_iter().map(Into::into).collect();
+        self
+    }
+
     /// Ends calls with this config when the token says so.
     #[must_use]
     pub fn cancel(mut self, token: CancelToken) -> Self {
@@ -315,6 +335,9 @@ impl fmt::Debug for GenerationConfig {
         }
         if !self.stopping_criteria.is_empty() {
             map.entry(&"stopping_criteria", &self.stopping_criteria);
+        }
+        if !self.negative_prompts.is_empty() {
+            map.entry(&"negative_prompts", &self.negative_prompts);
         }
         if self.prefix_allowed_tokens_fn.is_some() {
             map.entry(&"prefix_allowed_tokens_fn", &"..");

@@ -57,6 +57,26 @@ pub enum DolaLayers {
     Layers(Vec<usize>),
 }
 
+impl DolaLayers {
+    /// The layers of a model with `layers` of them whose head is tied to the embeddings or not; 0 are the embeddings. May be empty.
+    // HF: 4.55.4's choice. What tied embeddings say is what they were fed, so they are left out; layers that a list names beyond the
+    // last but one are passed over.
+    pub(crate) fn resolve(&self, layers: usize, tied: bool) -> Vec<usize> {
+        let half = layers / 2;
+        let first = match (tied, layers) {
+            (true, 3..) => 2,
+            (true, 2) => 1,
+            _ => 0,
+        };
+        match self {
+            Self::Low if first == half => vec![first],
+            Self::Low => (first..if layers <= 40 { half } else { 20 }).step_by(2).collect(),
+            Self::High => (if layers <= 40 { half } else { layers - 20 }..layers).step_by(2).collect(),
+            Self::Layers(list) => list.iter().copied().filter(|&layer| layer < layers).collect(),
+        }
+    }
+}
+
 /// Words to steer towards: the next token of every keyword not yet produced is raised.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -3,6 +3,8 @@
 //! A processor is a pure function of the row's own [`History`]; nothing here remembers anything between steps.
 
 mod ban;
+pub(crate) mod dola;
+mod guidance;
 mod penalty;
 pub mod pick;
 mod rank;
@@ -10,6 +12,7 @@ mod softmax;
 mod warp;
 
 pub use ban::*;
+pub use guidance::*;
 pub use penalty::*;
 pub use warp::*;
 
@@ -30,12 +33,14 @@ pub struct History<'a> {
     pub source: &'a [u32],
     /// The index of the row's prompt in the call.
     pub prompt: usize,
+    /// The logits of the row's second context, where there is classifier-free guidance; otherwise empty.
+    pub unconditional: &'a [f32],
 }
 
 impl<'a> History<'a> {
     /// A history as processors see it; `tokens` starts with the `prompt_len` ids of the prompt.
     pub fn new(tokens: &'a [u32], prompt_len: usize, max_length: usize) -> Self {
-        Self { tokens, prompt_len, max_length, source: &tokens[..prompt_len.min(tokens.len())], prompt: 0 }
+        Self { tokens, prompt_len, max_length, source: &tokens[..prompt_len.min(tokens.len())], prompt: 0, unconditional: &[] }
     }
 
     /// The ids generated so far.
@@ -185,6 +190,8 @@ mod tests {
         let sources = [
             include_str!("mod.rs"),
             include_str!("ban.rs"),
+            include_str!("dola.rs"),
+            include_str!("guidance.rs"),
             include_str!("penalty.rs"),
             include_str!("pick.rs"),
             include_str!("rank.rs"),

@@ -9,19 +9,27 @@ use std::{collections::HashSet, sync::Arc};
 pub(super) struct Chain {
     pub processors: Vec<Arc<dyn LogitsProcessor>>,
     pub keywords: Option<Keywords>,
+    /// Whether rows need a second context.
+    pub guided: bool,
 }
 
 impl Chain {
     pub fn new(check: &mut Check<'_>, eos: &[u32]) -> Self {
         let keywords = keywords(check);
-        let mut processors = merge(shape(check, eos, keywords.as_ref()), &check.config.logits_processors);
+        let guidance = check.guidance();
+        let mut list: Vec<Arc<dyn LogitsProcessor>> = Vec::new();
+        if let Some(guidance_scale) = guidance {
+            list.push(Arc::new(Guidance { guidance_scale }));
+        }
+        list.extend(shape(check, eos, keywords.as_ref()));
+        let mut processors = merge(list, &check.config.logits_processors);
         if check.strategy.samples() {
             processors.extend(warp(check, eos));
         }
         if check.config.renormalize_logits == Some(true) {
             processors.push(Arc::new(Renormalize));
         }
-        Self { processors, keywords }
+        Self { processors, keywords, guided: guidance.is_some() }
     }
 }
 
