@@ -285,3 +285,28 @@ fn five() -> f64 {
 fn ten() -> usize {
     10
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // The lists that `_dola_decoding` of transformers 4.55.4 makes.
+    #[test]
+    fn layers_of_dola_are_those_of_the_reference() {
+        for (layers, tied, low, high) in [
+            (1, true, vec![0], vec![0]),
+            (2, true, vec![1], vec![1]),
+            (2, false, vec![0], vec![1]),
+            (3, true, vec![], vec![1]),
+            (3, false, vec![0], vec![1]),
+            (4, true, vec![2], vec![2]),
+            (12, true, vec![2, 4], vec![6, 8, 10]),
+            (12, false, vec![0, 2, 4], vec![6, 8, 10]),
+            (48, true, vec![2, 4, 6, 8, 10, 12, 14, 16, 18], vec![28, 30, 32, 34, 36, 38, 40, 42, 44, 46]),
+        ] {
+            assert_eq!(DolaLayers::Low.resolve(layers, tied), low, "{layers} {tied}");
+            assert_eq!(DolaLayers::High.resolve(layers, tied), high, "{layers} {tied}");
+        }
+        assert_eq!(DolaLayers::Layers(vec![3, 0, 4, 9, 3]).resolve(4, true), [3, 0, 3]);
+    }
+}

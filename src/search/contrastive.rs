@@ -7,7 +7,7 @@ use crate::{
     model::{Cache, Feed, Forward, Want},
     rows::Row,
 };
-use std::{collections::HashMap, slice};
+use std::{collections::HashMap, iter::once, mem::take, slice};
 
 /// Contrastive search (<https://arxiv.org/abs/2202.06417>).
 pub(super) struct Contrastive {
@@ -45,7 +45,7 @@ impl Search for Contrastive {
 
         let mut feeds = Vec::new();
         for (row, choice) in turn.rows.iter_mut().zip(&mut choices) {
-            let caches = std::iter::once(&mut row.cache).chain(&mut choice.caches);
+            let caches = once(&mut row.cache).chain(&mut choice.caches);
             let tokens = choice.candidates.iter().map(|(id, _)| slice::from_ref(id));
             feeds.extend(tokens.zip(caches).map(|(tokens, cache)| Feed { tokens, cache: cache.as_mut() }));
         }
@@ -107,7 +107,7 @@ impl Contrastive {
         let mut feeds: Vec<_> = fresh.iter_mut().map(|row| feed(row)).collect();
         let mut forward = compute(turn.model, &mut feeds, Want::Hidden, turn.forward)?;
         let vocab_size = turn.model.info().vocab_size;
-        let logits = host(std::mem::take(&mut forward.logits), parts.len(), vocab_size)?;
+        let logits = host(take(&mut forward.logits), parts.len(), vocab_size)?;
         self.read(&parts, forward)?;
         for (row, logits) in fresh.iter().zip(logits.chunks_exact(vocab_size)) {
             let context = self.contexts.entry(row.prompt).or_default();
@@ -121,13 +121,13 @@ impl Contrastive {
 
     // HF: forbidden tokens fill up the candidates there where fewer than `top_k` are possible, and can win by being unlike the rest;
     // here they are none.
-    fn candidates(&self, turn: &Turn<'_>, row: &Row) -> Result<Choice> {
-        let raw = self.contexts.get(&row.prompt).map(|context| context.logits.clone()).unwrap_or_default();
-        let mut scores = raw.clone();
+    fn candidates(&mut self, turn: &Turn<'_>, row: &Row) -> Result<Choice> {
+        let mut scores = self.contexts.get_mut(&row.prompt).map(|context| take(&mut context.logits)).unwrap_or_default();
+        let raw = turn.plan.record.needs_raw().then(|| scores.clone());
         turn.process(row, &mut scores)?;
         let candidates = pick::likely(&scores, self.top_k);
         let caches = candidates.iter().skip(1).map(|_| row.cache.fork()).collect();
-        Ok(Choice { raw: turn.plan.record.needs_raw().then_some(raw), scores, candidates, caches })
+        Ok(Choice { raw, scores, candidates, caches })
     }
 
     /// The states of `count` tokens, each brought to length 1.
