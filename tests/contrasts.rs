@@ -51,6 +51,7 @@ fn a_row_does_not_depend_on_how_it_was_computed() {
             ("dola, drawn", dola(&[0, 1], true)),
             ("guided", guided(GenerationConfig::greedy(), 1.7)),
             ("guided away", guided(GenerationConfig::greedy(), 1.7).negative_prompts(negatives())),
+            ("guided beams", guided(GenerationConfig::beam(3), 1.7).negative_prompts(negatives())),
             ("guided away, drawn", guided(GenerationConfig::sampling(), 1.7).negative_prompts(negatives())),
         ] {
             let what = format!("{family}, {name}");
@@ -172,6 +173,15 @@ fn a_guidance_of_0_is_the_second_context_and_of_1_the_first() {
         };
         assert!(with(0.0).iter().all(|sequence| sequence.tokens == other.tokens), "{family}");
         assert!(with(1.0).iter().zip(&own).all(|(one, own)| one.tokens == own.tokens), "{family}");
+        let beams = GenerationConfig::beam(3).max_new_tokens(9).num_return_sequences(3);
+        let (guided_beams, other) = (
+            generator.generate(prompts().remove(1), &beams.clone().guidance_scale(0.0).negative_prompt(negative.clone())).unwrap(),
+            generator.generate(negative.clone(), &beams).unwrap(),
+        );
+        for (one, other) in guided_beams.sequences.iter().zip(&other.sequences) {
+            assert_eq!(one.tokens, other.tokens, "{family}, beams");
+            assert!((one.score.unwrap() - other.score.unwrap()).abs() < 1e-5, "{family}, beams");
+        }
         assert!(with(3.0).iter().zip(&own).any(|(one, own)| one.tokens != own.tokens), "{family}");
     }
 }

@@ -16,6 +16,8 @@ pub use guidance::*;
 pub use penalty::*;
 pub use warp::*;
 
+pub(crate) use softmax::log_softmax;
+
 use crate::error::{Error, Result};
 use std::sync::Arc;
 
@@ -35,12 +37,15 @@ pub struct History<'a> {
     pub prompt: usize,
     /// The logits of the row's second context, where there is classifier-free guidance; otherwise empty.
     pub unconditional: &'a [f32],
+    /// The tokens that earlier groups of a diverse beam search chose at this step.
+    pub taken: &'a [u32],
 }
 
 impl<'a> History<'a> {
     /// A history as processors see it; `tokens` starts with the `prompt_len` ids of the prompt.
     pub fn new(tokens: &'a [u32], prompt_len: usize, max_length: usize) -> Self {
-        Self { tokens, prompt_len, max_length, source: &tokens[..prompt_len.min(tokens.len())], prompt: 0, unconditional: &[] }
+        let source = &tokens[..prompt_len.min(tokens.len())];
+        Self { tokens, prompt_len, max_length, source, prompt: 0, unconditional: &[], taken: &[] }
     }
 
     /// The ids generated so far.

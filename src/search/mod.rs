@@ -1,7 +1,10 @@
 //! Searches: rows in, rows out, over one forward pass. None knows a model family, a tokenizer or a device.
 
+mod beam;
 mod contrastive;
 mod dola;
+mod group;
+mod hypotheses;
 mod single;
 
 use crate::{
@@ -68,6 +71,7 @@ pub fn new(strategy: &Strategy) -> Result<Box<dyn Search>> {
         Strategy::Sample => Ok(Box::new(single::Single::Sample)),
         Strategy::Contrastive { penalty_alpha, top_k } => Ok(Box::new(contrastive::Contrastive::new(*penalty_alpha, *top_k))),
         Strategy::Dola { dola_layers, do_sample } => Ok(Box::new(dola::Dola::new(dola_layers.clone(), *do_sample))),
+        Strategy::Beam { .. } | Strategy::BeamSample { .. } | Strategy::DiverseBeam { .. } => Ok(Box::new(beam::Beam::default())),
         other => Err(Error::Unsupported(format!("the mode {} is not built yet", other.name()))),
     }
 }
