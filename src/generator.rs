@@ -162,7 +162,7 @@ impl Generator {
         let mut list = Vec::new();
         for (prompt, continuations) in tasks {
             let prompt = self.written(prompt.into())?;
-            let ids = self.fed(&prompt, &plan)?;
+            let ids = self.fed(&prompt, plan.bos)?;
             let continuations = continuations.into_iter().map(|continuation| self.continued(&prompt, continuation.into()));
             let continuations = continuations.collect::<Result<_>>()?;
             let (source, prompt) = match plan.decoder_start.first() {
@@ -235,7 +235,14 @@ impl Generator {
     }
 
     fn plan(&self, config: &GenerationConfig) -> Result<Plan> {
-        Plan::new(config, &self.config, self.model().info(), self.tokenizer())
+        let mut plan = Plan::new(config, &self.config, self.model().info(), self.tokenizer())?;
+        if let Some(negative) = &mut plan.negative {
+            let prompts = if config.negative_prompts.is_empty() { &self.config } else { config };
+            for prompt in &prompts.negative_prompts {
+                negative.push(self.fed(&self.written(prompt.clone())?, plan.bos)?);
+            }
+        }
+        Ok(plan)
     }
 
     // A prompt as it is encoded: conversations are rendered.
@@ -255,10 +262,10 @@ impl Generator {
     }
 
     // The ids of a prompt, or the one to start from where there are none.
-    fn fed(&self, prompt: &Written, plan: &Plan) -> Result<Vec<u32>> {
+    fn fed(&self, prompt: &Written, bos: Option<u32>) -> Result<Vec<u32>> {
         let mut ids = self.ids(prompt)?;
         if ids.is_empty() {
-            ids.extend(plan.bos);
+            ids.extend(bos);
         }
         Ok(ids)
     }
@@ -289,7 +296,7 @@ impl Generator {
     fn run<P: Into<Prompt>>(&self, prompts: impl IntoIterator<Item = P>, plan: Plan) -> Result<Run> {
         let (mut ids, mut heads) = (Vec::new(), Vec::new());
         for prompt in prompts {
-            let mut prompt = self.fed(&self.written(prompt.into())?, &plan)?;
+            let mut prompt = self.fed(&self.written(prompt.into())?, plan.bos)?;
             if plan.token_healing {
                 let healed = heal(&self.setting, &self.config, &plan, &prompt, ids.len())?;
                 prompt = healed.ids;

@@ -21,14 +21,22 @@ impl Memory {
         let page = info.page.max(1);
         let width = plan.width() as u64;
         let pages = |positions: usize| positions.div_ceil(page) as u64;
-        let pages = match plan.room(prompt_len) {
+        let context = |len: usize, max_length: usize| match plan.room(max_length) {
             Room::Reserve(positions) => width.saturating_mul(pages(positions)),
             Room::Grow => {
-                let shared = (prompt_len / page) as u64;
-                let own = pages(plan.length.max_length(prompt_len)).saturating_sub(shared);
+                let shared = (len / page) as u64;
+                let own = pages(max_length).saturating_sub(shared);
                 shared.saturating_add(width.saturating_mul(own))
             }
         };
+        let max_length = plan.length.max_length(prompt_len);
+        let guide = plan.negative.as_ref().map_or(0, |negative| {
+            let len = negative.iter().map(Vec::len).max().unwrap_or(1);
+            context(len, len.saturating_add(max_length.saturating_sub(prompt_len)))
+        });
+        // Candidates share all of a row's pages but the last.
+        let candidates = width.saturating_mul(plan.candidates().saturating_sub(1) as u64);
+        let pages = context(prompt_len, max_length).saturating_add(guide).saturating_add(candidates);
         let prompt = pages.saturating_mul(page as u64).saturating_mul(position_bytes(plan, info));
         let assistant = plan.assistant().map_or(0, |info| info.weight_bytes);
         Self { weights: info.weight_bytes.saturating_add(assistant), cache: prompt.saturating_mul(prompts as u64) }

@@ -143,6 +143,8 @@ pub struct ModelInfo {
     pub context: Context,
     /// The number of layers whose states [`Want::Layers`] can name; 0 if none.
     pub layers: usize,
+    /// Whether the config ties the head to the embeddings: the state after the embeddings then names its own token.
+    pub tied: bool,
     /// Whether prompts are encoded by an encoder and generation starts from a decoder start token.
     pub is_encoder_decoder: bool,
     /// The device the weights are on.
@@ -179,13 +181,14 @@ impl Context {
 }
 
 impl ModelInfo {
-    /// The facts that have no default; the rest (unlimited context, no layers told, decoder-only, CPU, f32, a cache of no size) can be set after.
+    /// The facts that have no default; the rest (unlimited context, no layers told, a head of its own, decoder-only, CPU, f32, a cache of no size) can be set after.
     pub fn new(name: impl Into<String>, vocab_size: usize) -> Self {
         Self {
             name: name.into(),
             vocab_size,
             context: Context::Unlimited,
             layers: 0,
+            tied: false,
             is_encoder_decoder: false,
             device: Device::Cpu,
             dtype: DType::F32,

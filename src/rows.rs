@@ -31,6 +31,8 @@ pub struct Row {
     pub surprise: Surprise,
     /// Its keys and values.
     pub cache: Box<dyn Cache>,
+    /// What it is guided away from.
+    pub guide: Option<Guide>,
     /// Why it ended, once it has.
     pub finish: Option<FinishReason>,
     /// The stop string that ended it.
@@ -52,6 +54,16 @@ pub struct Row {
     logits: Vec<Arc<Vec<f32>>>,
     tracer: Option<Arc<Tracer>>,
     steps: Vec<Arc<Step>>,
+}
+
+/// The second context of a row under classifier-free guidance: another prompt, followed by the ids that the row generated.
+pub struct Guide {
+    /// What it begins with in place of the row's prompt.
+    pub prompt: Arc<[u32]>,
+    /// Its keys and values.
+    pub cache: Box<dyn Cache>,
+    /// The logits after the row's last token.
+    pub logits: Arc<[f32]>,
 }
 
 /// The cache of a row that nothing is computed for: it was cancelled before it began, or it has ended.
@@ -92,6 +104,7 @@ impl Clone for Row {
     fn clone(&self) -> Self {
         Self {
             cache: self.cache.fork(),
+            guide: self.guide.clone(),
             tokens: self.tokens.clone(),
             source: self.source.clone(),
             stop_string: self.stop_string.clone(),
@@ -104,6 +117,19 @@ impl Clone for Row {
             steps: self.steps.clone(),
             ..*self
         }
+    }
+}
+
+impl Clone for Guide {
+    fn clone(&self) -> Self {
+        Self { prompt: self.prompt.clone(), cache: self.cache.fork(), logits: self.logits.clone() }
+    }
+}
+
+impl Guide {
+    /// A context that holds nothing yet.
+    pub fn new(prompt: Arc<[u32]>, cache: Box<dyn Cache>) -> Self {
+        Self { prompt, cache, logits: Arc::default() }
     }
 }
 
@@ -127,6 +153,7 @@ impl Row {
             seed: 0,
             surprise: Surprise::default(),
             cache,
+            guide: None,
             finish: None,
             stop_string: None,
             drafted: 0,
@@ -156,6 +183,18 @@ impl Row {
         self.tokens.get(self.cache.len()..).unwrap_or_default()
     }
 
+    /// The ids that the cache of its second context does not hold yet; none without one.
+    pub fn guide_pending(&self) -> Vec<u32> {
+        self.guide
+            .as_ref()
+            .map_or_else(Vec::new, |guide| guide.prompt.iter().chain(self.generated()).skip(guide.cache.len()).copied().collect())
+    }
+
+    /// The length at which its second context ends; 0 without one.
+    pub fn guide_length(&self) -> usize {
+        self.guide.as_ref().map_or(0, |guide| guide.prompt.len().saturating_add(self.max_length - self.prompt_len))
+    }
+
     /// The ids generated so far.
     pub fn generated(&self) -> &[u32] {
         &self.tokens[self.prompt_len..]
@@ -167,6 +206,9 @@ impl Row {
         history.prompt = self.prompt;
         if let Some(source) = &self.source {
             history.source = source;
+        }
+        if let Some(guide) = &self.guide {
+            history.unconditional = &guide.logits;
         }
         history
     }

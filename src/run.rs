@@ -8,7 +8,7 @@ use crate::{
     output::{Output, Piece, Sequence, Timings, Usage},
     plan::{Plan, Seeds},
     progress::{OnProgress, Stage},
-    rows::{Row, Unfed},
+    rows::{Guide, Row, Unfed},
     search::{self, Search, Turn},
     text::Tokenizer,
 };
@@ -54,6 +54,8 @@ struct Waiting {
     source: Option<Arc<[u32]>>,
     /// What its text begins with: the part of a healed token that its prompt's text lacked.
     head: String,
+    /// The prompt of the second context.
+    negative: Option<Arc<[u32]>>,
 }
 
 impl Run {
@@ -147,6 +149,11 @@ impl Run {
             let reason = format!("the call has {} prompts: one id, or one for each prompt, is accepted", self.waiting.len());
             return Err(Error::config("decoder_start_token_id", format!("{starts} ids"), reason));
         }
+        let negatives = self.plan.negative.as_ref().map_or(0, Vec::len);
+        if negatives > 1 && negatives != self.waiting.len() {
+            let reason = format!("the call has {} prompts: one, or one for each prompt, is accepted", self.waiting.len());
+            return Err(Error::config("negative_prompts", format!("{negatives} prompts"), reason));
+        }
         for waiting in &self.waiting {
             waiting.check(&self.plan, info.vocab_size, info.context)?;
             if let Some(limit) = self.setting.memory_limit {
@@ -166,13 +173,13 @@ impl Run {
 
     // Starts waiting prompts in order while they fit beside the live rows; at least one if nothing is live.
     fn admit(&mut self) -> Result<()> {
-        let mut tokens: usize = self.rows.iter().map(|row| self.capacity(row.tokens.len(), row.max_length)).sum();
-        let mut bytes: u64 = self.rows.iter().map(|row| self.bytes(row.max_length)).sum();
+        let mut tokens: usize = self.rows.iter().map(|row| self.capacity(row.tokens.len(), row.max_length, row.guide_length())).sum();
+        let mut bytes: u64 = self.rows.iter().map(|row| self.bytes(row.max_length.saturating_add(row.guide_length()))).sum();
         let mut admitted = Vec::new();
         while let Some(next) = self.waiting.front() {
             let width = self.plan.width();
             let max_length = self.plan.length.max_length(next.tokens.len());
-            let more_tokens = width.saturating_mul(self.capacity(next.tokens.len(), max_length));
+            let more_tokens = width.saturating_mul(self.capacity(next.tokens.len(), max_length, next.guide_length(max_length)));
             let Memory { weights, cache: more_bytes } = self.memory(next);
             tokens = tokens.saturating_add(more_tokens);
             bytes = bytes.saturating_add(more_bytes);
@@ -189,8 +196,9 @@ impl Run {
     }
 
     // The tokens that a row is counted as: what it may become, within what the model was made for.
-    fn capacity(&self, len: usize, max_length: usize) -> usize {
-        max_length.min(self.setting.model.info().context.positions().unwrap_or(usize::MAX)).max(len)
+    fn capacity(&self, len: usize, max_length: usize, guide_length: usize) -> usize {
+        let most = self.setting.model.info().context.positions().unwrap_or(usize::MAX);
+        max_length.min(most).max(len).saturating_add(guide_length.min(most))
     }
 
     fn bytes(&self, max_length: usize) -> u64 {
@@ -202,8 +210,13 @@ impl Run {
         let starts: Vec<_> = admitted.iter().map(|waiting| waiting.start(&self.plan)).collect();
         let caches = search::start(self.setting.model.as_ref(), &starts)?;
         let mut fresh = Vec::with_capacity(admitted.len());
+        let guides: Vec<_> = admitted.iter().filter_map(|waiting| waiting.guide_start(&self.plan)).collect();
+        let mut guides = search::start(self.setting.model.as_ref(), &guides)?.into_iter();
         for (waiting, cache) in admitted.into_iter().zip(caches) {
-            fresh.push(waiting.row(cache, &self.plan, self.setting.tokenizer.as_ref())?);
+            let negative = waiting.negative.clone();
+            let mut row = waiting.row(cache, &self.plan, self.setting.tokenizer.as_ref())?;
+            row.guide = negative.and_then(|prompt| Some(Guide::new(prompt, guides.next()?)));
+            fresh.push(row);
         }
         if self.plan.use_cache {
             self.prefill(&mut fresh)?;
@@ -230,20 +243,25 @@ impl Run {
     // the prompt is about to be forked.
     fn prefill(&mut self, rows: &mut [Row]) -> Result<()> {
         let pass = self.plan.prefill_chunk_size.unwrap_or(PASS);
-        let keep = if self.search.width(&self.plan) > 1 { rows.len() } else { pass };
-        let total: usize = rows.iter().map(|row| row.pending().len()).sum();
+        let pending = |rows: &[Row]| -> usize { rows.iter().map(|row| row.pending().len() + row.guide_pending().len()).sum() };
+        let contexts = rows.iter().map(|row| 1 + usize::from(row.guide.is_some())).sum();
+        let keep = if self.search.width(&self.plan) > 1 { contexts } else { pass };
+        let total = pending(rows);
         let want = self.search.prefill();
         let mut left = total;
         loop {
             let mut budget = if left > keep { pass } else { 0 };
             let (mut feeds, mut parts) = (Vec::new(), Vec::new());
-            for row in rows.iter_mut() {
-                let from = row.cache.len();
-                let take = budget.min(row.pending().len().saturating_sub(1));
-                if take > 0 {
-                    budget -= take;
-                    parts.push((row.prompt, take));
-                    feeds.push(Feed { tokens: &row.tokens[from..from + take], cache: row.cache.as_mut() });
+            for Row { prompt, tokens, cache, guide, .. } in rows.iter_mut() {
+                let guide = guide.as_mut().map(|guide| (&*guide.prompt, &mut guide.cache));
+                for (tokens, cache) in [(tokens.as_slice(), cache)].into_iter().chain(guide) {
+                    let from = cache.len();
+                    let take = budget.min(tokens.len().saturating_sub(from + 1));
+                    if take > 0 {
+                        budget -= take;
+                        parts.push((*prompt, take));
+                        feeds.push(Feed { tokens: &tokens[from..from + take], cache: cache.as_mut() });
+                    }
                 }
             }
             if feeds.is_empty() || self.cancelled() {
@@ -253,7 +271,7 @@ impl Run {
             let forward = self.setting.model.forward(&mut feeds, want)?;
             self.timings.forward += clock.elapsed();
             self.search.read(&parts, forward)?;
-            let before = std::mem::replace(&mut left, rows.iter().map(|row| row.pending().len()).sum());
+            let before = std::mem::replace(&mut left, pending(rows));
             if left >= before {
                 // A model that keeps nothing: every pass computes the whole row.
                 return Ok(());
@@ -287,19 +305,26 @@ impl Run {
 
 impl Waiting {
     fn new(index: usize, ids: Vec<u32>, plan: &Plan) -> Self {
+        let negative = plan.negative(index, &ids);
         match plan.decoder_start.get(index).or(plan.decoder_start.first()).copied() {
-            Some(start) => Self { index, tokens: vec![start], source: Some(ids.into()), head: String::new() },
-            None => Self { index, tokens: ids, source: None, head: String::new() },
+            Some(start) => Self { index, tokens: vec![start], source: Some(ids.into()), head: String::new(), negative },
+            None => Self { index, tokens: ids, source: None, head: String::new(), negative },
         }
     }
 
     fn check(&self, plan: &Plan, vocab_size: usize, context: Context) -> Result<()> {
         let index = self.index;
         let ids = self.source.as_deref().unwrap_or(&self.tokens);
+        let negative = self.negative.as_deref();
         if ids.is_empty() {
             return Err(Error::Prompt(format!("prompt {index} is empty and there is no bos_token_id to start from")));
         }
-        if let Some(id) = ids.iter().chain(&self.tokens).find(|&&id| id as usize >= vocab_size) {
+        if negative.is_some_and(<[u32]>::is_empty) {
+            return Err(Error::Prompt(format!(
+                "the negative prompt of prompt {index} is empty and there is no bos_token_id to start from"
+            )));
+        }
+        if let Some(id) = ids.iter().chain(&self.tokens).chain(negative.unwrap_or_default()).find(|&&id| id as usize >= vocab_size) {
             return Err(Error::Prompt(format!("prompt {index} holds the id {id}, the vocabulary has {vocab_size}")));
         }
         let (len, max_length) = (self.tokens.len(), plan.length.max_length(self.tokens.len()));
@@ -308,19 +333,33 @@ impl Waiting {
                 "prompt {index} has {len} tokens and max_length is {max_length}: nothing is left to generate"
             )));
         }
-        if let Context::Hard(limit) = context
-            && max_length > limit
-        {
-            let room = limit.saturating_sub(len);
-            return Err(Error::Prompt(format!(
-                "prompt {index} has {len} tokens and may grow to {max_length}, but the model has {limit} positions: at most {room} new tokens fit"
-            )));
+        let guide = negative.map(|prompt| ("the negative prompt of prompt", prompt.len(), self.guide_length(max_length)));
+        for (what, len, max_length) in [("prompt", len, max_length)].into_iter().chain(guide) {
+            if let Context::Hard(limit) = context
+                && max_length > limit
+            {
+                let room = limit.saturating_sub(len);
+                return Err(Error::Prompt(format!(
+                    "{what} {index} has {len} tokens and may grow to {max_length}, but the model has {limit} positions: at most {room} new tokens fit"
+                )));
+            }
         }
         Ok(())
     }
 
     fn start(&self, plan: &Plan) -> Start<'_> {
-        Start { source: self.source.as_deref().unwrap_or_default(), len: self.tokens.len(), room: plan.room(self.tokens.len()) }
+        let room = plan.room(plan.length.max_length(self.tokens.len()));
+        Start { source: self.source.as_deref().unwrap_or_default(), len: self.tokens.len(), room }
+    }
+
+    fn guide_start(&self, plan: &Plan) -> Option<Start<'_>> {
+        let len = self.negative.as_ref()?.len();
+        Some(Start { source: &[], len, room: plan.room(self.guide_length(plan.length.max_length(self.tokens.len()))) })
+    }
+
+    // The length at which the second context ends when the row ends at `max_length`; 0 without one.
+    fn guide_length(&self, max_length: usize) -> usize {
+        self.negative.as_ref().map_or(0, |prompt| prompt.len().saturating_add(max_length.saturating_sub(self.tokens.len())))
     }
 
     fn row(self, cache: Box<dyn Cache>, plan: &Plan, tokenizer: Option<&Tokenizer>) -> Result<Row> {

@@ -16,8 +16,8 @@ struct Case {
     name: String,
     input_ids: Vec<Vec<u32>>,
     generation_config: Value,
-    sequences: Vec<Vec<Vec<u32>>>,
-    finish: Vec<Vec<String>>,
+    sequences: Option<Vec<Vec<Vec<u32>>>>,
+    finish: Option<Vec<Vec<String>>>,
     sequences_scores: Option<Vec<Vec<f32>>>,
     beam_indices: Option<Vec<Vec<Vec<usize>>>>,
     scores: Option<Vec<Vec<Vec<(usize, f32)>>>>,
@@ -51,10 +51,10 @@ fn run_folder(name: &str) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
     let generator = Generator::from_pretrained(&folder).unwrap();
     let (mut count, mut wrong) = (0, Vec::new());
-    for file in ["search.jsonl", "search-4.55.4.jsonl"] {
-        for line in fs::read_to_string(folder.join(file)).unwrap().lines() {
+    for file in ["search.jsonl", "search-4.55.4.jsonl", "guidance.jsonl", "contrasts-4.55.4.jsonl"] {
+        for line in fs::read_to_string(folder.join(file)).unwrap_or_default().lines() {
             let mut case: Case = serde_json::from_str(line).unwrap();
-            case.old = file != "search.jsonl";
+            case.old = file == "search-4.55.4.jsonl";
             count += 1;
             let found = [("batched", case.batched(&generator)), ("alone", case.alone(&generator))];
             wrong.extend(found.into_iter().filter_map(|(how, found)| Some(format!("{name}/{} {how}: {}", case.name, found.err()?))));
@@ -66,7 +66,11 @@ fn run_folder(name: &str) {
 
 impl Case {
     fn config(&self) -> GenerationConfig {
-        GenerationConfig::from_json(&self.generation_config).unwrap().output_scores(true)
+        let mut config = GenerationConfig::from_json(&self.generation_config).unwrap().output_scores(true);
+        if let Some(ids) = config.unknown.shift_remove("negative_prompt_ids") {
+            config = config.negative_prompt(serde_json::from_value::<Vec<u32>>(ids).unwrap());
+        }
+        config
     }
 
     fn batched(&self, generator: &Generator) -> Result<(), String> {
@@ -85,7 +89,7 @@ impl Case {
 
     /// Compares an output whose first prompt is prompt `first` of the case.
     fn check(&self, output: &Output, first: usize) -> Result<(), String> {
-        let ranks = self.sequences[first].len();
+        let ranks = self.sequences.as_ref().map_or(1, |sequences| sequences[first].len());
         let prompts = if first > 0 { 1 } else { output.sequences.len().div_ceil(ranks) };
         same("number of sequences", &output.sequences.len(), &(prompts * ranks))?;
         for (row, sequence) in output.sequences.iter().enumerate() {
@@ -97,11 +101,13 @@ impl Case {
     }
 
     fn check_sequence(&self, sequence: &Sequence, prompt: usize, rank: usize) -> Result<(), String> {
-        let (ours, theirs) = (&sequence.tokens, &self.sequences[prompt][rank]);
-        same("number of tokens", &ours.len(), &theirs.len())?;
-        same("finish", &sequence.finish.as_str(), &self.finish[prompt][rank].as_str())?;
-        let kept = ours.len() - usize::from(self.old && sequence.finish == FinishReason::Eos);
-        same("tokens", &ours[..kept], &theirs[..kept])?;
+        if let (Some(sequences), Some(finish)) = (&self.sequences, &self.finish) {
+            let (ours, theirs) = (&sequence.tokens, &sequences[prompt][rank]);
+            same("number of tokens", &ours.len(), &theirs.len())?;
+            same("finish", &sequence.finish.as_str(), &finish[prompt][rank].as_str())?;
+            let kept = ours.len() - usize::from(self.old && sequence.finish == FinishReason::Eos);
+            same("tokens", &ours[..kept], &theirs[..kept])?;
+        }
         if let Some(theirs) = &self.sequences_scores {
             near("score", sequence.score.ok_or("no score")?, theirs[prompt][rank])?;
         }

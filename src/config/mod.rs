@@ -14,6 +14,7 @@ use crate::{
     error::Problem,
     logits::{LogitsProcessor, PenaltyScope, PrefixFunction, Watermarking},
     stop::{CancelToken, StoppingCriteria},
+    text::Prompt,
 };
 use serde_json::{Map, Value};
 use std::{collections::BTreeMap, fmt, sync::Arc};
@@ -45,6 +46,9 @@ macro_rules! fields {
             pub prefix_allowed_tokens_fn: Option<PrefixFunction>,
             /// The model that writes drafts. Not part of the file.
             pub assistant_model: Option<Assistant>,
+            /// What guided rows are led away from, with `guidance_scale`: one prompt for all, or one for each; unless set, each
+            /// prompt's last token. Not part of the file.
+            pub negative_prompts: Vec<Prompt>,
             /// Ends the calls that carry it from another thread. Not part of the file.
             pub cancel: Option<CancelToken>,
             /// Keys of the file that have no field here. They are written back.
@@ -88,6 +92,9 @@ macro_rules! fields {
                 }
                 if self.stopping_criteria.is_empty() {
                     self.stopping_criteria.clone_from(&other.stopping_criteria);
+                }
+                if self.negative_prompts.is_empty() {
+                    self.negative_prompts.clone_from(&other.negative_prompts);
                 }
                 if self.cancel.is_none() {
                     self.cancel.clone_from(&other.cancel);
@@ -322,6 +329,19 @@ impl GenerationConfig {
         self
     }
 
+    /// Sets what guided rows are led away from, for every prompt of the call.
+    #[must_use]
+    pub fn negative_prompt(self, prompt: impl Into<Prompt>) -> Self {
+        self.negative_prompts([prompt])
+    }
+
+    /// Sets what guided rows are led away from, one for each prompt of the call.
+    #[must_use]
+    pub fn negative_prompts<P: Into<Prompt>>(mut self, prompts: impl IntoIterator<Item = P>) -> Self {
+        self.negative_prompts = prompts.into_iter().map(Into::into).collect();
+        self
+    }
+
     /// Ends calls with this config when the token says so.
     #[must_use]
     pub fn cancel(mut self, token: CancelToken) -> Self {
@@ -357,6 +377,9 @@ impl fmt::Debug for GenerationConfig {
         }
         if let Some(assistant) = &self.assistant_model {
             map.entry(&"assistant_model", &assistant.model);
+        }
+        if !self.negative_prompts.is_empty() {
+            map.entry(&"negative_prompts", &self.negative_prompts);
         }
         if self.prefix_allowed_tokens_fn.is_some() {
             map.entry(&"prefix_allowed_tokens_fn", &"..");

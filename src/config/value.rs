@@ -61,6 +61,26 @@ pub enum DolaLayers {
     Layers(Vec<usize>),
 }
 
+impl DolaLayers {
+    /// The layers of a model with `layers` of them whose head is tied to the embeddings or not; 0 are the embeddings. May be empty.
+    // HF: 4.55.4's choice. What tied embeddings say is what they were fed, so they are left out; layers that a list names beyond the
+    // last but one are passed over.
+    pub(crate) fn resolve(&self, layers: usize, tied: bool) -> Vec<usize> {
+        let half = layers / 2;
+        let first = match (tied, layers) {
+            (true, 3..) => 2,
+            (true, 2) => 1,
+            _ => 0,
+        };
+        match self {
+            Self::Low if first == half => vec![first],
+            Self::Low => (first..if layers <= 40 { half } else { 20 }).step_by(2).collect(),
+            Self::High => (if layers <= 40 { half } else { layers - 20 }..layers).step_by(2).collect(),
+            Self::Layers(list) => list.iter().copied().filter(|&layer| layer < layers).collect(),
+        }
+    }
+}
+
 /// Words to steer towards: the next token of every keyword not yet produced is raised.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -271,4 +291,29 @@ fn five() -> f64 {
 
 fn ten() -> usize {
     10
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // The lists that `_dola_decoding` of transformers 4.55.4 makes.
+    #[test]
+    fn layers_of_dola_are_those_of_the_reference() {
+        for (layers, tied, low, high) in [
+            (1, true, vec![0], vec![0]),
+            (2, true, vec![1], vec![1]),
+            (2, false, vec![0], vec![1]),
+            (3, true, vec![], vec![1]),
+            (3, false, vec![0], vec![1]),
+            (4, true, vec![2], vec![2]),
+            (12, true, vec![2, 4], vec![6, 8, 10]),
+            (12, false, vec![0, 2, 4], vec![6, 8, 10]),
+            (48, true, vec![2, 4, 6, 8, 10, 12, 14, 16, 18], vec![28, 30, 32, 34, 36, 38, 40, 42, 44, 46]),
+        ] {
+            assert_eq!(DolaLayers::Low.resolve(layers, tied), low, "{layers} {tied}");
+            assert_eq!(DolaLayers::High.resolve(layers, tied), high, "{layers} {tied}");
+        }
+        assert_eq!(DolaLayers::Layers(vec![3, 0, 4, 9, 3]).resolve(4, true), [3, 0, 3]);
+    }
 }

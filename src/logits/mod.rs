@@ -3,8 +3,10 @@
 //! A processor is a pure function of the row's own [`History`]; nothing here remembers anything between steps.
 
 mod ban;
+pub(crate) mod dola;
 mod draw;
 mod dry;
+mod guidance;
 mod penalty;
 pub mod pick;
 mod rank;
@@ -16,6 +18,7 @@ mod watermark;
 pub use ban::*;
 pub use draw::*;
 pub use dry::*;
+pub use guidance::*;
 pub use penalty::*;
 pub use warp::*;
 pub use watermark::*;
@@ -39,6 +42,8 @@ pub struct History<'a> {
     pub source: &'a [u32],
     /// The index of the row's prompt in the call.
     pub prompt: usize,
+    /// The logits of the row's second context, where there is classifier-free guidance; otherwise empty.
+    pub unconditional: &'a [f32],
     /// The tokens that earlier groups of a diverse beam search chose at this step.
     pub taken: &'a [u32],
 }
@@ -46,7 +51,8 @@ pub struct History<'a> {
 impl<'a> History<'a> {
     /// A history as processors see it; `tokens` starts with the `prompt_len` ids of the prompt.
     pub fn new(tokens: &'a [u32], prompt_len: usize, max_length: usize) -> Self {
-        Self { tokens, prompt_len, max_length, source: &tokens[..prompt_len.min(tokens.len())], prompt: 0, taken: &[] }
+        let source = &tokens[..prompt_len.min(tokens.len())];
+        Self { tokens, prompt_len, max_length, source, prompt: 0, unconditional: &[], taken: &[] }
     }
 
     /// The ids generated so far.
@@ -196,6 +202,8 @@ mod tests {
         let sources = [
             include_str!("mod.rs"),
             include_str!("ban.rs"),
+            include_str!("dola.rs"),
+            include_str!("guidance.rs"),
             include_str!("penalty.rs"),
             include_str!("pick.rs"),
             include_str!("rank.rs"),

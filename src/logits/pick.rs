@@ -26,6 +26,12 @@ pub fn top(scores: &[f32], n: usize) -> Vec<(u32, f32)> {
     keys.into_iter().map(rank::id).filter_map(|id| Some((id as u32, *scores.get(id)?))).collect()
 }
 
+/// The `n` most likely tokens with their probabilities, as [`top`] orders them.
+pub fn likely(scores: &[f32], n: usize) -> Vec<(u32, f32)> {
+    let total = log_sum_exp(scores);
+    top(scores, n).into_iter().map(|(id, score)| (id, (f64::from(score) - total).exp() as f32)).collect()
+}
+
 /// An index drawn with probability softmax(`scores`), by inverting the cumulative distribution at `u` in `[0, 1)`, in
 /// index order. Positive infinity wins, NaN never. `None` if no score is above negative infinity.
 pub fn sample(scores: &[f32], u: f64) -> Option<u32> {
@@ -139,6 +145,15 @@ mod tests {
         assert_eq!(top(&row, 4), [(1, 3.0), (3, 3.0), (0, 1.0), (5, 0.0)]);
         assert_eq!(top(&row, usize::MAX).len(), 5);
         assert!(top(&row, 0).is_empty());
+    }
+
+    #[test]
+    fn likely_tells_probabilities() {
+        let row = [1.0f32.ln(), -INF, 5.0f32.ln(), 2.0f32.ln()];
+        let found = likely(&row, 2);
+        assert_eq!(found.iter().map(|&(id, _)| id).collect::<Vec<_>>(), [2, 3]);
+        assert!((found[0].1 - 0.625).abs() < 1e-6 && (found[1].1 - 0.25).abs() < 1e-6, "{found:?}");
+        assert_eq!(likely(&row, 9).len(), 3, "what is forbidden is no candidate");
     }
 
     #[test]

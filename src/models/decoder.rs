@@ -54,8 +54,9 @@ impl<O: Ops> Decoder<O> {
         let head = head.map(|name| loader.table(name, spec.vocab)).transpose()?;
         loader.finish()?;
 
-        let (shape, info) =
-            (spec.shape(), ModelInfo { context, layers: spec.attention.len(), weight_bytes: loader.weight_bytes(), ..info });
+        let (layers_len, tied) = (spec.attention.len(), matches!(spec.head, Head::Tied(_)));
+        let info = ModelInfo { context, layers: layers_len, tied, weight_bytes: loader.weight_bytes(), ..info };
+        let shape = spec.shape();
         let (embedding_scale, softcap) = (spec.embedding_scale, spec.softcap);
         Ok(Self { ops, info, shape, embedding, embedding_scale, positions, layers, norm, head, softcap })
     }
@@ -117,7 +118,8 @@ impl<O: Ops> Decoder<O> {
         let mut early = Vec::new();
         for (index, layer) in self.layers.iter().enumerate() {
             if let Want::Layers(layers) = pass.want {
-                early.extend(layers.iter().filter(|&&wanted| wanted == index).map(|_| ops.select(&x, &pass.read)));
+                let places = layers.iter().enumerate().filter(|(_, wanted)| **wanted == index);
+                early.extend(places.map(|(place, _)| (place, ops.select(&x, &pass.read))));
             }
             let mut mixed = layer.attend(ops, index, &x, angles.as_ref(), rows)?;
             if index + 1 == self.layers.len() {
@@ -141,7 +143,8 @@ impl<O: Ops> Decoder<O> {
             }
             Want::Layers(_) => {
                 let mut layers = Vec::with_capacity(early.len() + 1);
-                for state in early {
+                early.sort_by_key(|(place, _)| *place);
+                for (_, state) in early {
                     layers.push(ops.logits(head, &state?, None)?.into_host()?);
                 }
                 layers.push(ops.logits(head, &x, self.softcap)?.into_host()?);

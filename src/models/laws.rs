@@ -105,6 +105,55 @@ fn wanting_nothing_fills_the_cache() {
 }
 
 #[test]
+fn states_do_not_depend_on_how_they_were_computed() {
+    for case in cases() {
+        let hidden = |cache: &mut Box<dyn Cache>, tokens: &[u32]| {
+            let forward = case.model.forward(&mut [Feed { tokens, cache: &mut **cache }], Want::Hidden).unwrap();
+            case.same(&forward.logits.into_host().unwrap(), &case.last(&IDS[..cache.len()]));
+            forward.hidden.into_host().unwrap()
+        };
+        let whole = hidden(&mut case.start(Room::Grow), &IDS);
+        assert_eq!(whole.len(), IDS.len() * 32, "{}", case.name);
+        for chunk in [1, 2, 5] {
+            let mut cache = case.start(Room::Grow);
+            let chunks: Vec<f32> = IDS.chunks(chunk).flat_map(|ids| hidden(&mut cache, ids)).collect();
+            case.same(&chunks, &whole);
+        }
+        let (mut one, mut two) = (case.start(Room::Grow), case.start(Room::Grow));
+        case.feed(&mut two, &IDS[..4], Want::Nothing);
+        let mut feeds = [Feed { tokens: &IDS[..3], cache: &mut *one }, Feed { tokens: &IDS[4..], cache: &mut *two }];
+        let forward = case.model.forward(&mut feeds, Want::Hidden).unwrap();
+        case.same(&forward.hidden.into_host().unwrap(), &[&whole[..3 * 32], &whole[4 * 32..]].concat());
+        case.same(&forward.logits.into_host().unwrap(), &[case.last(&IDS[..3]), case.last(&IDS)].concat());
+    }
+}
+
+#[test]
+fn early_layers_do_not_depend_on_how_they_were_computed() {
+    for case in cases() {
+        let want = Want::Layers(&[2, 0, 1]);
+        let whole = case.feed(&mut case.start(Room::Grow), &IDS, want);
+        let vocab = case.model.info().vocab_size;
+        assert_eq!((case.model.info().layers, whole.len()), (3, 4 * vocab));
+        case.same(&whole[3 * vocab..], &case.last(&IDS));
+        let rows: Vec<_> = whole.chunks(vocab).collect();
+        assert!((0..4).all(|a| (0..a).all(|b| rows[a] != rows[b])), "{}: two layers say the same", case.name);
+        case.same(&case.feed(&mut case.start(Room::Grow), &IDS, Want::Layers(&[1])), &[rows[2], rows[3]].concat());
+        for held in [1, 6, 10] {
+            let (mut one, mut two) = (case.start(Room::Grow), case.start(Room::Grow));
+            case.feed(&mut two, &IDS[..held], Want::Nothing);
+            case.same(&case.feed(&mut two.fork(), &IDS[held..], want), &whole);
+            let mut feeds = [Feed { tokens: &IDS[..7], cache: &mut *one }, Feed { tokens: &IDS[held..], cache: &mut *two }];
+            let both = case.model.forward(&mut feeds, want).unwrap().logits.into_host().unwrap();
+            case.same(&both, &[case.feed(&mut case.start(Room::Grow), &IDS[..7], want), whole.clone()].concat());
+        }
+        let error =
+            case.model.forward(&mut [Feed { tokens: &[1], cache: &mut *case.start(Room::Grow) }], Want::Layers(&[1, 3])).unwrap_err();
+        assert_eq!(error.to_string(), "unsupported: the state after layer 3; layers 0 to 2 are accepted");
+    }
+}
+
+#[test]
 fn a_ragged_batch_equals_its_rows_alone() {
     for case in cases() {
         // Rows with 0, 3 and 6 positions held bring 5, 1 and 4 tokens.

@@ -14,12 +14,20 @@ pub(super) struct Chain {
     /// So many of them, the first, are not about the draw.
     pub shaping: usize,
     pub keywords: Option<Keywords>,
+    /// Whether rows need a second context.
+    pub guided: bool,
 }
 
 impl Chain {
     pub fn new(check: &mut Check<'_>, eos: &[u32]) -> Self {
         let keywords = keywords(check);
-        let mut processors = merge(shape(check, eos, keywords.as_ref()), &check.config.logits_processors);
+        let guidance = check.guidance();
+        let mut list: Vec<Arc<dyn LogitsProcessor>> = Vec::new();
+        if let Some(guidance_scale) = guidance {
+            list.push(Arc::new(Guidance { guidance_scale }));
+        }
+        list.extend(shape(check, eos, keywords.as_ref()));
+        let mut processors = merge(list, &check.config.logits_processors);
         let shaping = processors.len();
         if check.strategy.samples() {
             processors.extend(warp(check, eos));
@@ -28,7 +36,7 @@ impl Chain {
         if check.config.renormalize_logits == Some(true) {
             processors.push(Arc::new(Renormalize));
         }
-        Self { processors, shaping, keywords }
+        Self { processors, shaping, keywords, guided: guidance.is_some() }
     }
 }
 

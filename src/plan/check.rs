@@ -22,9 +22,11 @@ fn built(strategy: &Strategy) -> bool {
         | Strategy::Beam { .. }
         | Strategy::BeamSample { .. }
         | Strategy::DiverseBeam { .. }
+        | Strategy::Contrastive { .. }
+        | Strategy::Dola { .. }
         | Strategy::PromptLookup { .. }
         | Strategy::Assisted { drafts: Drafts::Assistant, .. } => true,
-        Strategy::ConstrainedBeam { .. } | Strategy::Contrastive { .. } | Strategy::Dola { .. } | Strategy::Assisted { .. } => false,
+        Strategy::ConstrainedBeam { .. } | Strategy::Assisted { .. } => false,
     }
 }
 
@@ -195,11 +197,11 @@ impl<'a> Check<'a> {
         if !built(self.strategy) {
             self.unsupported.push(format!("the mode {} is not built yet", self.strategy.name()));
         }
+        self.own_fields();
         self.whole("num_beams", config.num_beams, 1);
         self.number("assistant_ensemble_weight", config.assistant_ensemble_weight, "a number above 0 and below 1", |x| x > 0.0 && x < 1.0);
         let assisted = matches!(self.strategy, Strategy::Assisted { .. });
         let asked = [
-            ("guidance_scale", config.guidance_scale.is_some_and(|scale| scale != 1.0)),
             ("token_healing of an encoder-decoder model", config.token_healing == Some(true) && self.info.is_encoder_decoder),
             ("is_assistant", config.is_assistant == Some(true)),
             ("use_mtp", config.use_mtp == Some(true)),
@@ -269,6 +271,53 @@ impl<'a> Check<'a> {
             ),
         };
         self.refuse("assistant_model", &other.name, reason);
+    }
+
+    /// What the strategy's own fields may be.
+    fn own_fields(&mut self) {
+        match self.strategy {
+            Strategy::Contrastive { penalty_alpha, top_k } => {
+                self.number("penalty_alpha", Some(*penalty_alpha), "a finite number above 0", f32::is_finite);
+                if *top_k > self.info.vocab_size {
+                    let size = self.info.vocab_size;
+                    self.refuse("top_k", top_k, format!("contrastive search has as many candidates; the vocabulary has {size} ids"));
+                }
+                // HF: an error there too: every candidate is computed beside the others on a cache that they share.
+                if self.config.use_cache == Some(false) {
+                    self.refuse("use_cache", false, "contrastive search needs the cache; accepted is true");
+                }
+            }
+            Strategy::Dola { .. } if self.info.layers == 0 => {
+                self.unsupported.push(format!("dola_layers: {} tells no layers", self.info.name));
+            }
+            // HF: ends in an error about an empty list of tensors there.
+            Strategy::Dola { dola_layers, .. } if dola_layers.resolve(self.info.layers, self.info.tied).is_empty() => {
+                let last = self.info.layers - 1;
+                self.refuse(
+                    "dola_layers",
+                    json!(dola_layers),
+                    format!("no layer is left; accepted is a list with layers from 0 to {last}"),
+                );
+            }
+            _ => {}
+        }
+    }
+
+    /// The weight of classifier-free guidance where there is any.
+    pub fn guidance(&mut self) -> Option<f32> {
+        let config = self.config;
+        if config.guidance_scale.is_none() && !config.negative_prompts.is_empty() {
+            self.refuse("negative_prompts", config.negative_prompts.len(), "they do nothing without guidance_scale; accepted is one of it");
+        }
+        let scale =
+            self.number("guidance_scale", config.guidance_scale, "a finite number", f32::is_finite).filter(|&scale| scale != 1.0)?;
+        let single = matches!(self.strategy, Strategy::Greedy | Strategy::Sample) || self.strategy.num_beams() > 1;
+        if !single || self.info.is_encoder_decoder {
+            let what = if single { "encoder-decoder models" } else { self.strategy.name() };
+            self.unsupported
+                .push(format!("guidance_scale with {what}; accepted with greedy search, sampling and beams of decoder-only models"));
+        }
+        Some(scale)
     }
 
     /// The ids that end a row.

@@ -74,6 +74,9 @@ pub struct Plan {
     pub bos: Option<u32>,
     /// The first id of an encoder-decoder model's rows: one for all, or one for each prompt. Empty for other models.
     pub decoder_start: Vec<u32>,
+    /// Under classifier-free guidance what rows begin with in their second context: one for all, or one for each prompt; each prompt's
+    /// last token if there is none.
+    pub negative: Option<Vec<Vec<u32>>>,
     /// What `explain()` prints.
     pub explanation: Explanation,
 }
@@ -207,7 +210,7 @@ impl Plan {
         let mut check = Check::new(&merged, info, tokenizer);
         check.mode();
         let eos = check.eos();
-        let Chain { processors, shaping, keywords } = Chain::new(&mut check, &eos);
+        let Chain { processors, shaping, keywords, guided } = Chain::new(&mut check, &eos);
         let config = &merged.config;
         let plan = Self {
             strategy: merged.strategy.clone(),
@@ -231,6 +234,7 @@ impl Plan {
             token_healing: check.token_healing(),
             bos: config.bos_token_id.and_then(|id| u32::try_from(id).ok()),
             decoder_start: check.decoder_start(),
+            negative: guided.then(Vec::new),
             explanation: Explanation::new(&merged, info, &processors, &eos),
             processors,
             eos,
@@ -260,9 +264,22 @@ impl Plan {
         }
     }
 
-    /// The room of a fresh cache for a prompt of `prompt_len` tokens.
-    pub fn room(&self, prompt_len: usize) -> Room {
-        self.capacity.room(self.length.max_length(prompt_len))
+    /// Candidates of a row that are computed beside each other.
+    pub fn candidates(&self) -> usize {
+        if let Strategy::Contrastive { top_k, .. } = self.strategy { top_k } else { 1 }
+    }
+
+    /// The room of a fresh cache for a row that ends at `max_length` tokens.
+    pub fn room(&self, max_length: usize) -> Room {
+        // A candidate is computed before it is chosen, the last one too.
+        self.capacity.room(max_length.saturating_add(usize::from(self.candidates() > 1)))
+    }
+
+    /// What the second context of a row begins with, if it has one.
+    pub fn negative(&self, index: usize, prompt: &[u32]) -> Option<Arc<[u32]>> {
+        let negative = self.negative.as_ref()?;
+        let last = &prompt[prompt.len().saturating_sub(1)..];
+        Some(negative.get(index).or(negative.first()).map_or(last, Vec::as_slice).into())
     }
 }
 

@@ -397,10 +397,10 @@ fn what_the_reference_accepts_is_accepted_and_shown() {
 fn what_is_not_built_yet_is_unsupported_and_named() {
     for (name, json) in [
         ("constrained_beam", json!({"num_beams": 2, "force_words_ids": [[1]]})),
-        ("contrastive", json!({"penalty_alpha": 0.5})),
-        ("dola", json!({"dola_layers": "high"})),
         ("assisted", json!({"assistant_early_exit": 2})),
-        ("guidance_scale", json!({"guidance_scale": 1.5})),
+        ("tells no layers", json!({"dola_layers": "high"})),
+        ("guidance_scale with contrastive", json!({"guidance_scale": 1.5, "penalty_alpha": 0.5})),
+        ("guidance_scale with prompt_lookup", json!({"guidance_scale": 1.5, "prompt_lookup_num_tokens": 2})),
         ("watermarking_config", json!({"watermarking_config": {"ngram_len": 5, "keys": [1, 2]}})),
         ("is_assistant", json!({"is_assistant": true})),
         ("use_mtp", json!({"use_mtp": true, "num_beams": 2})),

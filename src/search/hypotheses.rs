@@ -9,10 +9,11 @@ pub(super) struct Hypotheses {
 }
 
 impl Hypotheses {
-    /// Keeps `row` if it is among the `most` best. It stands behind those of the same score. Its cache goes.
+    /// Keeps `row` if it is among the `most` best. It stands behind those of the same score. Its caches go.
     pub fn add(&mut self, mut row: Row, score: f32, most: usize) {
         row.score = Some(score);
         row.cache = Box::new(Unfed);
+        row.guide = None;
         let place = self.rows.partition_point(|kept| kept.score >= row.score);
         if place < most {
             self.rows.insert(place, row);

@@ -1,6 +1,8 @@
 //! Searches: rows in, rows out, over one forward pass. None knows a model family, a tokenizer or a device.
 
 mod beam;
+mod contrastive;
+mod dola;
 mod draft;
 mod group;
 mod hypotheses;
@@ -78,6 +80,8 @@ pub fn new(plan: &Plan) -> Result<Box<dyn Search>> {
     match &plan.strategy {
         Strategy::Greedy => Ok(Box::new(single::Single::Greedy)),
         Strategy::Sample => Ok(Box::new(single::Single::Sample)),
+        Strategy::Contrastive { penalty_alpha, top_k } => Ok(Box::new(contrastive::Contrastive::new(*penalty_alpha, *top_k))),
+        Strategy::Dola { dola_layers, do_sample } => Ok(Box::new(dola::Dola::new(dola_layers.clone(), *do_sample))),
         Strategy::Beam { .. } | Strategy::BeamSample { .. } | Strategy::DiverseBeam { .. } => Ok(Box::new(beam::Beam::default())),
         other => Err(Error::Unsupported(format!("the mode {} is not built yet", other.name()))),
     }
@@ -94,8 +98,11 @@ pub fn start(model: &dyn Model, rows: &[Start<'_>]) -> Result<Vec<Box<dyn Cache>
 
 /// A row's pending tokens.
 pub fn feed(row: &mut Row) -> Feed<'_> {
-    let from = row.cache.len();
-    Feed { tokens: row.tokens.get(from..).unwrap_or_default(), cache: row.cache.as_mut() }
+    own_feed(&row.tokens, row.cache.as_mut())
+}
+
+fn own_feed<'a>(tokens: &'a [u32], cache: &'a mut dyn Cache) -> Feed<'a> {
+    Feed { tokens: tokens.get(cache.len()..).unwrap_or_default(), cache }
 }
 
 /// One pass, whose time is added to `clock`.
@@ -116,12 +123,23 @@ pub fn host(logits: Values, rows: usize, vocab_size: usize) -> Result<Vec<f32>> 
 }
 
 impl Turn<'_> {
-    /// Computes the pending tokens of every row in one pass; the logits after each row's last, row after row.
+    /// Computes the pending tokens of every row in one pass; the logits after each row's last, row after row. Second contexts are
+    /// computed in the same pass, and their logits left in their rows for the processors.
     pub fn logits(&mut self) -> Result<Vec<f32>> {
-        self.ready()?;
-        let mut feeds: Vec<_> = self.rows.iter_mut().map(feed).collect();
-        let forward = compute(self.model, &mut feeds, Want::Last, self.forward)?;
-        host(forward.logits, self.rows.len(), self.model.info().vocab_size)
+        let (rows, vocab_size) = (self.rows.len(), self.model.info().vocab_size);
+        let logits = self.pass(Want::Last)?;
+        let guides = self.rows.iter().filter(|row| row.guide.is_some()).count();
+        let mut logits = host(logits, rows + guides, vocab_size)?;
+        let unconditional = logits.split_off(rows * vocab_size);
+        let guides = self.rows.iter_mut().filter_map(|row| row.guide.as_mut());
+        guides.zip(unconditional.chunks_exact(vocab_size)).for_each(|(guide, logits)| guide.logits = logits.into());
+        Ok(logits)
+    }
+
+    /// As [`Turn::logits`], of rows without second contexts: for each row those of early layers and then its own.
+    pub fn layers(&mut self, layers: &[usize]) -> Result<Vec<f32>> {
+        let logits = self.pass(Want::Layers(layers))?;
+        host(logits, self.rows.len() * (layers.len() + 1), self.model.info().vocab_size)
     }
 
     /// Sees to it that every row has pending tokens, as it has before every pass.
@@ -134,6 +152,21 @@ impl Turn<'_> {
             )));
         }
         Ok(())
+    }
+
+    // Feeds what is pending: the rows, then the second contexts.
+    fn pass(&mut self, want: Want<'_>) -> Result<Values> {
+        self.ready()?;
+        let pending: Vec<_> = self.rows.iter().map(Row::guide_pending).collect();
+        let (mut feeds, mut guides) = (Vec::with_capacity(self.rows.len()), Vec::new());
+        for (row, tokens) in self.rows.iter_mut().zip(&pending) {
+            if let Some(guide) = &mut row.guide {
+                guides.push(Feed { tokens, cache: guide.cache.as_mut() });
+            }
+            feeds.push(own_feed(&row.tokens, row.cache.as_mut()));
+        }
+        feeds.extend(guides);
+        Ok(compute(self.model, &mut feeds, want, self.forward)?.logits)
     }
 
     /// Runs the processors over the scores of one row.
@@ -152,6 +185,12 @@ impl Turn<'_> {
         let caches = start(self.model, &starts)?;
         for (row, cache) in self.rows.iter_mut().zip(caches) {
             row.cache = cache;
+        }
+        let len = |row: &Row| Some(row.guide.as_ref()?.prompt.len() + row.generated().len());
+        let starts: Vec<_> = self.rows.iter().filter_map(len).map(|len| Start { len, ..Start::default() }).collect();
+        let caches = start(self.model, &starts)?;
+        for (guide, cache) in self.rows.iter_mut().filter_map(|row| row.guide.as_mut()).zip(caches) {
+            guide.cache = cache;
         }
         Ok(())
     }

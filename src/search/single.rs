@@ -20,20 +20,24 @@ impl Search for Single {
     fn step(&mut self, turn: &mut Turn<'_>) -> Result<()> {
         let mut logits = turn.logits()?;
         let vocab_size = turn.model.info().vocab_size;
-        let record = turn.plan.record;
         for (index, scores) in logits.chunks_exact_mut(vocab_size).enumerate() {
-            let raw = record.needs_raw().then(|| scores.to_vec());
-            turn.process(&turn.rows[index], scores)?;
-            let row = &mut turn.rows[index];
-            let token = self.choose(scores, row, &turn.plan.draw)?;
-            row.record(token, &record, raw.as_deref(), scores);
-            row.push(token, turn.plan, turn.started)?;
+            let raw = turn.plan.record.needs_raw().then(|| scores.to_vec());
+            self.take(turn, index, raw.as_deref(), scores)?;
         }
         Ok(())
     }
 }
 
 impl Single {
+    /// Makes the row at `index` longer by a token of `scores`; `raw` are the model's own logits where they are recorded.
+    pub fn take(self, turn: &mut Turn<'_>, index: usize, raw: Option<&[f32]>, scores: &mut [f32]) -> Result<()> {
+        turn.process(&turn.rows[index], scores)?;
+        let row = &mut turn.rows[index];
+        let token = self.choose(scores, row, &turn.plan.draw)?;
+        row.record(token, &turn.plan.record, raw, scores);
+        row.push(token, turn.plan, turn.started)
+    }
+
     fn choose(self, scores: &mut [f32], row: &mut Row, draw: &Draw) -> Result<u32> {
         let token = match self {
             Self::Greedy => pick::argmax(scores),
