@@ -4,7 +4,7 @@
 use super::{
     families,
     fields::Fields,
-    spec::{DecoderSpec, Head, Layout, Linear, Mlp, NormKind, Positions, Qkv, Residual},
+    spec::{DecoderSpec, Extent, Head, Layout, Linear, Mlp, NormKind, Positions, QkNorm, Qkv, Residual},
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -120,8 +120,16 @@ impl Random {
                 self.add(format!("{prefix}{name}.bias"), vec![outputs]);
             }
         }
+        if let Some(QkNorm { query, key, extent, .. }) = spec.qk_norm {
+            let [width, kv_width] = match extent {
+                Extent::Head => [attention.head_dim; 2],
+                Extent::Token => [width, kv_width],
+            };
+            self.add(format!("{prefix}{query}.weight"), vec![width]);
+            self.add(format!("{prefix}{key}.weight"), vec![kv_width]);
+        }
         let norms = match spec.residual {
-            Residual::Pre { attention, mlp } => vec![attention, mlp],
+            Residual::Pre { attention, mlp } | Residual::Post { attention, mlp } => vec![attention, mlp],
             Residual::PrePost { attention, mlp } => [attention, mlp].concat(),
         };
         for norm in norms {

@@ -35,6 +35,7 @@ pub(super) fn gpt2(config: &Fields) -> Result<DecoderSpec> {
         attention: (0..config.size("n_layer", 12, COUNT)?).map(attention).collect(),
         layout: Layout::Conv1d,
         qkv: Qkv::Fused(Linear { name: "attn.c_attn", bias: true }),
+        qk_norm: None,
         out: Linear { name: "attn.c_proj", bias: true },
         mlp: Mlp::Plain {
             up: Linear { name: "mlp.c_fc", bias: true },
