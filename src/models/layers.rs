@@ -37,6 +37,14 @@ enum Mlp<O: Ops> {
         activation: Activation,
         down: O::Weight,
     },
+    /// Gate and up stacked, and down, of each expert.
+    Routed {
+        router: O::Weight,
+        top: usize,
+        renormalise: bool,
+        activation: Activation,
+        experts: Vec<[O::Weight; 2]>,
+    },
 }
 
 impl<O: Ops> Layer<O> {
@@ -69,6 +77,21 @@ impl<O: Ops> Mlp<O> {
         match self {
             Self::Plain { up, activation, down } => ops.linear(down, &ops.activate(*activation, ops.linear(up, x)?)?),
             Self::Gated { gate_up, activation, down } => ops.linear(down, &ops.gate(*activation, ops.linear(gate_up, x)?)?),
+            Self::Routed { router, top, renormalise, activation, experts } => {
+                let logits = ops.linear(router, x)?;
+                let (mut count, mut parts) = (0, Vec::new());
+                for (picks, [gate_up, down]) in ops.route(&logits, *top, *renormalise)?.into_iter().zip(experts) {
+                    if let Some(&last) = picks.tokens.last() {
+                        let own = ops.select(x, &picks.tokens)?;
+                        let y = ops.linear(down, &ops.gate(*activation, ops.linear(gate_up, &own)?)?)?;
+                        count = count.max(last + 1);
+                        parts.push((picks, y));
+                    }
+                }
+                // Every token has an expert, so the last token that one has is the last of all. Parts are in the order of the experts:
+                // a token's sum has the same order in any company.
+                ops.mix(count, &parts)
+            }
         }
     }
 }
@@ -127,14 +150,21 @@ impl<'a, O: Ops> Loader<'a, O> {
             Qkv::Split([q, k, v]) => self.stack(name, &[(q, width), (k, kv_width), (v, kv_width)], spec.hidden)?,
             Qkv::Fused(qkv) => self.stack(name, &[(qkv, width + 2 * kv_width)], spec.hidden)?,
         };
-        let mlp = match spec.mlp {
-            spec::Mlp::Plain { up, down, inner, activation } => Mlp::Plain {
+        let routed = spec.experts.as_ref().filter(|experts| experts.layers.get(index) == Some(&true));
+        let mlp = match (routed, spec.mlp) {
+            (Some(experts), _) => self.experts(name, experts)?,
+            (None, spec::Mlp::Plain { up, down, inner, activation }) => Mlp::Plain {
                 up: self.stack(name, &[(up, inner)], spec.hidden)?,
                 activation,
                 down: self.stack(name, &[(down, spec.hidden)], inner)?,
             },
-            spec::Mlp::Gated { gate, up, down, inner, activation } => Mlp::Gated {
+            (None, spec::Mlp::Gated { gate, up, down, inner, activation }) => Mlp::Gated {
                 gate_up: self.stack(name, &[(gate, inner), (up, inner)], spec.hidden)?,
+                activation,
+                down: self.stack(name, &[(down, spec.hidden)], inner)?,
+            },
+            (None, spec::Mlp::GatedFused { gate_up, down, inner, activation }) => Mlp::Gated {
+                gate_up: self.stack(name, &[(gate_up, 2 * inner)], spec.hidden)?,
                 activation,
                 down: self.stack(name, &[(down, spec.hidden)], inner)?,
             },
@@ -150,6 +180,20 @@ impl<'a, O: Ops> Loader<'a, O> {
             mlp,
             after_mlp: after_mlp.map(|norm| self.norm(&name(norm))).transpose()?,
         })
+    }
+
+    fn experts(&mut self, name: impl Fn(&str) -> String + Copy, experts: &spec::Experts) -> Result<Mlp<O>> {
+        let (hidden, inner) = (self.spec.hidden, experts.inner);
+        let linear = |name| Linear { name, bias: false };
+        let router = self.stack(name, &[(linear(experts.router), experts.count)], hidden)?;
+        let mut weights = Vec::new();
+        for number in 0..experts.count {
+            let name = |part: &str| name(&format!("{}{number}.{part}", experts.expert));
+            let gate_up = self.stack(name, &[(linear(experts.gate), inner), (linear(experts.up), inner)], hidden)?;
+            weights.push([gate_up, self.stack(name, &[(linear(experts.down), hidden)], inner)?]);
+        }
+        let &spec::Experts { top, renormalise, activation, .. } = experts;
+        Ok(Mlp::Routed { router, top, renormalise, activation, experts: weights })
     }
 
     /// A table with a vector for each of `len` things; also a head.

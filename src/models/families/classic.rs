@@ -43,6 +43,7 @@ pub(super) fn gpt2(config: &Fields) -> Result<DecoderSpec> {
             inner: config.optional_size("n_inner", None, WIDTH)?.unwrap_or(4 * hidden),
             activation: activation(config, "activation_function", "gelu_new")?,
         },
+        experts: None,
         norm: Norm { kind: NormKind::Layer, eps: config.positive("layer_norm_epsilon", 1e-5)? as f32 },
         residual: Residual::Pre { attention: "ln_1", mlp: "ln_2" },
         final_norm: "ln_f",
