@@ -27,7 +27,7 @@ impl Rotation {
             Self::Fixed(rope) => Cow::Borrowed(rope),
             Self::Dynamic { short, theta, factor, dim, trained } if len > *trained => {
                 let stretch = *factor as f32 * len as f32 / *trained as f32 - (factor - 1.0) as f32;
-                let power = f64::from(stretch).powf(f64::from((*dim as f64 / (*dim as f64 - 2.0)) as f32));
+                let power = f64::from(stretch).powf(*dim as f64 / (*dim as f64 - 2.0));
                 Cow::Owned(Rope { inv_freq: inv_freq(f64::from(*theta as f32 * power as f32), *dim), scale: short.scale })
             }
             Self::Dynamic { short, .. } => Cow::Borrowed(short),
@@ -293,7 +293,7 @@ mod tests {
         fields["long_factor"] = json!([1.5, 2.5, 5.0, 9.0]);
         let rope = of(json!({"rope_scaling": fields})).unwrap();
         assert_eq!(rope.crossing(), Some(16));
-        let short = Rope { inv_freq: vec![1.0, 0.09090909, 0.0076923077, 0.0005882353], scale: 1.2247449 };
+        let short = Rope { inv_freq: vec![1.0, 0.09090909, 0.0076923077, 0.00058823527], scale: 1.2247449 };
         let long = Rope { inv_freq: vec![0.6666667, 0.04, 0.002, 0.00011111111], scale: 1.2247449 };
         assert_eq!([16, 17].map(|len| rope.at(len).into_owned()), [short, long]);
         let scale = |field: &str, value: f64| {

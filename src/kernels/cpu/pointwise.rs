@@ -215,7 +215,7 @@ mod tests {
             activate(level, Activation::Gelu, &mut y, 130);
             let mut y = gate(level, Activation::Silu, &y, 130);
             softcap(level, 1.5, &mut y);
-            norm_part(level, &Norm { weight: x[..60].to_vec(), bias: None, ..parameters.clone() }, &mut y, 65, 5, 12);
+            norm_part(level, &Norm { weight: parameters.weight[..60].to_vec(), bias: None, ..parameters.clone() }, &mut y, 65, 5, 12);
             softmax(level, &mut y, 65);
             y
         };
