@@ -16,13 +16,21 @@ pub(crate) struct Layer<O: Ops> {
     before_attention: Option<Norm<O::Vector>>,
     /// Queries, keys and values stacked, so that they are one product.
     qkv: O::Weight,
-    /// Of queries and keys, each with its first column and the columns that it takes together.
-    qk_norms: Vec<(Norm<O::Vector>, usize, usize)>,
+    qk_norms: Vec<QkNorm<O>>,
     out: O::Weight,
     after_attention: Option<Norm<O::Vector>>,
     before_mlp: Option<Norm<O::Vector>>,
     mlp: Mlp<O>,
     after_mlp: Option<Norm<O::Vector>>,
+}
+
+/// The norm of queries or of keys.
+struct QkNorm<O: Ops> {
+    norm: Norm<O::Vector>,
+    /// The first of its columns among queries, keys and values.
+    first: usize,
+    /// The columns that it takes together.
+    group: usize,
 }
 
 enum Mlp<O: Ops> {
@@ -54,7 +62,7 @@ impl<O: Ops> Layer<O> {
             Some(norm) => ops.linear(&self.qkv, &ops.norm(norm, x)?)?,
             None => ops.linear(&self.qkv, x)?,
         };
-        for (norm, first, group) in &self.qk_norms {
+        for QkNorm { norm, first, group } in &self.qk_norms {
             qkv = ops.norm_part(norm, qkv, *first, *group)?;
         }
         ops.attend(&self.attention, index, qkv, angles, rows)
@@ -206,17 +214,17 @@ impl<'a, O: Ops> Loader<'a, O> {
         self.norm_of(self.spec.norm, name, self.spec.hidden, 1)
     }
 
-    fn qk_norms(&self, name: impl Fn(&str) -> String, attention: &Attention) -> Result<Vec<(Norm<O::Vector>, usize, usize)>> {
+    fn qk_norms(&self, name: impl Fn(&str) -> String, attention: &Attention) -> Result<Vec<QkNorm<O>>> {
         let Some(spec::QkNorm { query, key, norm, extent }) = self.spec.qk_norm else { return Ok(Vec::new()) };
         let Attention { heads, kv_heads, head_dim, .. } = *attention;
-        let part = |part, first: usize, heads: usize| -> Result<_> {
+        let part = |part, first: usize, heads: usize| {
             let (group, times) = match extent {
                 Extent::Head => (head_dim, heads),
                 Extent::Token => (heads * head_dim, 1),
             };
-            Ok((self.norm_of(norm, &name(part), group, times)?, first * head_dim, group))
+            Ok(QkNorm { norm: self.norm_of(norm, &name(part), group, times)?, first: first * head_dim, group })
         };
-        Ok(vec![part(query, 0, heads)?, part(key, heads, kv_heads)?])
+        [part(query, 0, heads), part(key, heads, kv_heads)].into_iter().collect()
     }
 
     /// A norm of `len` values, its weights repeated `times` times.
