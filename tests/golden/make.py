@@ -101,7 +101,7 @@ QWEN3 = SMALL | dict(
 )  # fmt: skip
 GEMMA = SMALL | dict(model_type="gemma", vocab_size=103, head_dim=12, num_key_value_heads=1, bos_token_id=2, eos_token_id=1)
 GEMMA3 = SMALL | dict(
-    model_type="gemma3_text", vocab_size=107, head_dim=12, num_hidden_layers=4, query_pre_attn_scalar=20, sliding_window=8,
+    model_type="gemma3_text", vocab_size=107, head_dim=12, num_hidden_layers=3, query_pre_attn_scalar=20, sliding_window=8,
     sliding_window_pattern=3, bos_token_id=2, eos_token_id=1,
     rope_parameters=dict(
         sliding_attention=dict(rope_type="default", rope_theta=100.0),
@@ -198,7 +198,7 @@ FOLDERS = {
         config=GEMMA3, dtype=torch.bfloat16,
         matters=dict(
             sliding_window=9, query_pre_attn_scalar=12, hidden_activation="silu",
-            layer_types=["sliding_attention", "full_attention"] * 2,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         ),
     ),
     "phi3": dict(config=PHI3, dtype=torch.bfloat16, suite="crossing", matters=dict(original_max_position_embeddings=48)),
