@@ -12,7 +12,22 @@ use std::{
     path::{Path, PathBuf},
 };
 
-const FAMILIES: [&str; 5] = ["gpt2", "llama", "qwen2", "gemma2", "storyteller"];
+const FAMILIES: [&str; 14] = [
+    "gpt2",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "smollm3",
+    "olmo2",
+    "mixtral",
+    "qwen3_moe",
+    "storyteller",
+];
 
 /// The largest difference of a score.
 const TOLERANCE: f32 = 1e-4;
@@ -74,6 +89,51 @@ fn qwen2() {
 #[test]
 fn gemma2() {
     run_family("gemma2");
+}
+
+#[test]
+fn mistral() {
+    run_family("mistral");
+}
+
+#[test]
+fn qwen3() {
+    run_family("qwen3");
+}
+
+#[test]
+fn gemma() {
+    run_family("gemma");
+}
+
+#[test]
+fn gemma3() {
+    run_family("gemma3");
+}
+
+#[test]
+fn phi3() {
+    run_family("phi3");
+}
+
+#[test]
+fn smollm3() {
+    run_family("smollm3");
+}
+
+#[test]
+fn olmo2() {
+    run_family("olmo2");
+}
+
+#[test]
+fn mixtral() {
+    run_family("mixtral");
+}
+
+#[test]
+fn qwen3_moe() {
+    run_family("qwen3_moe");
 }
 
 #[test]

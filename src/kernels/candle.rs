@@ -1,12 +1,13 @@
 //! The operations in candle's own: any device and float type, the reference that the fused ones are tested against.
 
-use super::{Activation, Attention, Matrix, Norm, NormKind, Ops, Rope, Span, Store, StoreShape};
+use super::{Activation, Attention, Matrix, Norm, NormKind, Ops, Picks, Rope, Span, Store, StoreShape, route::pick};
 use crate::{
     error::{Error, Result},
     model::{Room, Values},
 };
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::{ops::softmax_last_dim, rotary_emb::rope_thd};
+use std::ops::Range;
 
 /// Candle's operations on one device. `dtype` is that of activations; as in the reference's eager code norms, softmax
 /// and activation functions are computed in f32 and rounded back.
@@ -77,6 +78,32 @@ impl CandleOps {
         Ok(x.to_dtype(DType::F32)?.affine(f64::from(factor), 0.0)?.to_dtype(self.dtype)?)
     }
 
+    /// `x` in f32, divided by what the norm divides by.
+    fn normalise(&self, norm: &Norm<Tensor>, x: &Tensor) -> Result<Tensor> {
+        let x = x.to_dtype(DType::F32)?;
+        let x = match norm.kind {
+            NormKind::Rms | NormKind::RmsOnce => x,
+            NormKind::Layer => x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?,
+        };
+        let variance = x.sqr()?.mean_keepdim(D::Minus1)?;
+        Ok(x.broadcast_div(&variance.affine(1.0, f64::from(norm.eps))?.sqrt()?)?)
+    }
+
+    /// A normalised `x` with the norm's weights.
+    fn weigh(&self, norm: &Norm<Tensor>, x: Tensor) -> Result<Tensor> {
+        // HF: llama rounds before it multiplies by the weights, gemma, olmo2 and layer norms after.
+        let x = match norm.kind {
+            NormKind::Rms => x.to_dtype(self.dtype)?.to_dtype(DType::F32)?,
+            NormKind::RmsOnce | NormKind::Layer => x,
+        };
+        let x = x.broadcast_mul(&norm.weight)?;
+        let x = match &norm.bias {
+            Some(bias) => x.broadcast_add(bias)?,
+            None => x,
+        };
+        Ok(x.to_dtype(self.dtype)?)
+    }
+
     fn function(&self, activation: Activation, x: &Tensor) -> Result<Tensor> {
         let x = x.to_dtype(DType::F32)?;
         let y = match activation {
@@ -139,24 +166,17 @@ impl Ops for CandleOps {
     }
 
     fn norm(&self, norm: &Norm<Tensor>, x: &Tensor) -> Result<Tensor> {
-        let x = x.to_dtype(DType::F32)?;
-        let x = match norm.kind {
-            NormKind::Rms => x,
-            NormKind::Layer => x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?,
-        };
-        let variance = x.sqr()?.mean_keepdim(D::Minus1)?;
-        let x = x.broadcast_div(&variance.affine(1.0, f64::from(norm.eps))?.sqrt()?)?;
-        // HF: llama rounds before it multiplies by the weights, a layer norm after.
-        let x = match norm.kind {
-            NormKind::Rms => x.to_dtype(self.dtype)?.to_dtype(DType::F32)?,
-            NormKind::Layer => x,
-        };
-        let x = x.broadcast_mul(&norm.weight)?;
-        let x = match &norm.bias {
-            Some(bias) => x.broadcast_add(bias)?,
-            None => x,
-        };
-        Ok(x.to_dtype(self.dtype)?)
+        self.weigh(norm, self.normalise(norm, x)?)
+    }
+
+    fn norm_part(&self, norm: &Norm<Tensor>, x: Tensor, first: usize, group: usize) -> Result<Tensor> {
+        let (tokens, width) = x.dims2()?;
+        let len = norm.weight.elem_count();
+        let part = x.narrow(1, first, len)?.reshape((tokens, len / group, group))?;
+        let part = self.weigh(norm, self.normalise(norm, &part)?.reshape((tokens, len))?)?;
+        let [before, after] = [(0, first), (first + len, width - first - len)].map(|(start, len)| x.narrow(1, start, len));
+        let parts: Vec<Tensor> = [before?, part, after?].into_iter().filter(|part| part.elem_count() > 0).collect();
+        Ok(Tensor::cat(&parts, 1)?)
     }
 
     fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
@@ -177,11 +197,32 @@ impl Ops for CandleOps {
         Ok((gate * x.narrow(1, width, width)?)?)
     }
 
-    fn angles(&self, rope: &Rope, positions: &[usize]) -> Result<Angles> {
-        let angle = |&position: &usize| rope.inv_freq.iter().map(move |freq| f64::from(position as f32 * freq));
+    fn route(&self, logits: &Tensor, top: usize, renormalise: bool) -> Result<Vec<Picks>> {
+        let shares = softmax_last_dim(&logits.to_dtype(DType::F32)?)?;
+        Ok(pick(&shares.flatten_all()?.to_vec1()?, logits.dim(1)?, top, renormalise))
+    }
+
+    fn mix(&self, count: usize, parts: &[(Picks, Tensor)]) -> Result<Tensor> {
+        let width = parts.first().map_or(Ok(0), |(_, x)| x.dim(1))?;
+        let mut y = Tensor::zeros((count, width), self.dtype, &self.device)?;
+        for (picks, x) in parts {
+            let tokens: Vec<u32> = picks.tokens.iter().map(|&token| token as u32).collect();
+            let shares = Tensor::from_slice(&picks.shares, (tokens.len(), 1), &self.device)?;
+            let x = x.to_dtype(DType::F32)?.broadcast_mul(&shares)?.to_dtype(self.dtype)?;
+            y = y.index_add(&Tensor::new(tokens, &self.device)?, &x, 0)?;
+        }
+        Ok(y)
+    }
+
+    fn angles(&self, rows: &[(&Rope, Range<usize>)]) -> Result<Angles> {
+        let pairs = rows.first().map_or(0, |(rope, _)| rope.inv_freq.len());
         let table = |function: fn(f64) -> f64| -> Result<Tensor> {
-            let values: Vec<f32> = positions.iter().flat_map(angle).map(|angle| function(angle) as f32 * rope.scale).collect();
-            Ok(Tensor::from_vec(values, (positions.len(), rope.inv_freq.len()), &self.device)?.to_dtype(self.dtype)?)
+            let mut values = Vec::new();
+            for (rope, positions) in rows {
+                let turn = |position: usize| rope.inv_freq.iter().map(move |freq| f64::from(position as f32 * freq));
+                values.extend(positions.clone().flat_map(turn).map(|angle| function(angle) as f32 * rope.scale));
+            }
+            Ok(Tensor::from_vec(values, ((), pairs), &self.device)?.to_dtype(self.dtype)?)
         };
         Ok(Angles { cos: table(f64::cos)?, sin: table(f64::sin)? })
     }
@@ -330,6 +371,29 @@ mod tests {
     }
 
     #[test]
+    fn norms_of_parts() {
+        let norm = Norm { kind: NormKind::RmsOnce, weight: ops().vector(&[1.0, 2.0, 3.0, 4.0]).unwrap(), bias: None, eps: 0.5 };
+        let x = act(&[9.0, 1.0, 3.0, -2.0, 2.0, 7.0], 6);
+        let found = values(ops().norm_part(&norm, x.clone(), 1, 2).unwrap());
+        close(&found, &[9.0, 0.4264014, 2.5584085, -2.8284271, 3.771236, 7.0]);
+        // The four together: a root of 4.5 + 0.5.
+        let found = values(ops().norm_part(&norm, x, 1, 4).unwrap());
+        close(&found, &[9.0, 0.4472136, 2.6832816, -2.6832816, 3.5777088, 7.0]);
+    }
+
+    #[test]
+    fn experts_are_chosen_and_mixed() {
+        let logits = act(&[0.0, 2.0f32.ln(), 5.0f32.ln(), 0.0, 0.0, -9.0], 3);
+        let picks = ops().route(&logits, 2, false).unwrap();
+        assert_eq!(picks.iter().map(|picks| picks.tokens.clone()).collect::<Vec<_>>(), [vec![1], vec![0, 1], vec![0]]);
+        close(&picks[1].shares, &[0.25, 0.4999692]);
+        close(&ops().route(&logits, 2, true).unwrap()[1].shares, &[2.0 / 7.0, 0.5]);
+        let part = |tokens: &[usize], shares: &[f32], x: &[f32]| (Picks { tokens: tokens.into(), shares: shares.into() }, act(x, 2));
+        let parts = [part(&[0, 2], &[0.5, 2.0], &[2.0, 4.0, 1.0, -1.0]), part(&[2], &[1.0], &[10.0, 20.0])];
+        assert_eq!(values(ops().mix(3, &parts).unwrap()), [1.0, 2.0, 0.0, 0.0, 12.0, 18.0]);
+    }
+
+    #[test]
     fn activations() {
         let of = |activation| values(ops().activate(activation, act(&[-1.0, 0.5, 2.0], 3)).unwrap());
         close(&of(Activation::Silu), &[-0.26894143, 0.31122968, 1.761594]);
@@ -404,7 +468,7 @@ mod tests {
                 let mut store = ops().store(shape, Room::Grow).unwrap();
                 let (mut found, mut first) = (Vec::new(), 0);
                 for count in chunks {
-                    let angles = ops().angles(rope, &(first..first + count).collect::<Vec<_>>()).unwrap();
+                    let angles = ops().angles(&[(rope, first..first + count)]).unwrap();
                     let x = act(&qkv[first..first + count].concat(), width);
                     let mut rows = [Span { first: 0, count, store: &mut store }];
                     found.extend(values(ops().attend(&attention, 1, x, Some(&angles), &mut rows).unwrap()));

@@ -96,6 +96,14 @@ impl Fields {
         self.parse_positive(name, self.map.get(name).unwrap_or(&Value::Null))
     }
 
+    /// A list of `count` numbers above zero.
+    pub fn positives(&self, name: &str, count: usize) -> Result<Vec<f64>> {
+        let value = self.map.get(name).unwrap_or(&Value::Null);
+        let list = value.as_array().filter(|list| list.len() == count);
+        let list = list.ok_or_else(|| self.error(name, value, &format!("a list of {count} numbers is accepted")))?;
+        list.iter().map(|value| self.parse_positive(name, value)).collect()
+    }
+
     /// True or false.
     pub fn flag(&self, name: &str, default: bool) -> Result<bool> {
         match self.map.get(name) {
@@ -111,6 +119,19 @@ impl Fields {
             None | Some(Value::Null) => Ok(default),
             Some(Value::String(value)) => Ok(value),
             Some(value) => Err(self.error(name, value, "a string is accepted")),
+        }
+    }
+
+    /// A list of whole numbers, zero included, if it is there and not null.
+    pub fn numbers(&self, name: &str) -> Result<Option<Vec<usize>>> {
+        let number = |value: &Value| value.as_u64().and_then(|number| usize::try_from(number).ok());
+        match self.map.get(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => value
+                .as_array()
+                .and_then(|list| list.iter().map(number).collect())
+                .map(Some)
+                .ok_or_else(|| self.error(name, value, "a list of whole numbers is accepted")),
         }
     }
 

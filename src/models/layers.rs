@@ -1,7 +1,7 @@
 //! One layer of the decoder, and how the parts of a model are taken from a checkpoint.
 
 use super::{
-    spec::{self, DecoderSpec, Layout, Linear, NormKind, Qkv, Residual},
+    spec::{self, DecoderSpec, Extent, Layout, Linear, NormKind, Qkv, Residual},
     weights::Weights,
 };
 use crate::{
@@ -13,14 +13,24 @@ use crate::{
 /// A layer: attention and a feed-forward part, each added to what it was given.
 pub(crate) struct Layer<O: Ops> {
     attention: Attention,
-    before_attention: Norm<O::Vector>,
+    before_attention: Option<Norm<O::Vector>>,
     /// Queries, keys and values stacked, so that they are one product.
     qkv: O::Weight,
+    qk_norms: Vec<QkNorm<O>>,
     out: O::Weight,
     after_attention: Option<Norm<O::Vector>>,
-    before_mlp: Norm<O::Vector>,
+    before_mlp: Option<Norm<O::Vector>>,
     mlp: Mlp<O>,
     after_mlp: Option<Norm<O::Vector>>,
+}
+
+/// The norm of queries or of keys.
+struct QkNorm<O: Ops> {
+    norm: Norm<O::Vector>,
+    /// The first of its columns among queries, keys and values.
+    first: usize,
+    /// The columns that it takes together.
+    group: usize,
 }
 
 enum Mlp<O: Ops> {
@@ -35,12 +45,26 @@ enum Mlp<O: Ops> {
         activation: Activation,
         down: O::Weight,
     },
+    /// Gate and up stacked, and down, of each expert.
+    Routed {
+        router: O::Weight,
+        top: usize,
+        renormalise: bool,
+        activation: Activation,
+        experts: Vec<[O::Weight; 2]>,
+    },
 }
 
 impl<O: Ops> Layer<O> {
     /// Attention up to the mixed values: all that the caches need of the layer.
     pub fn attend(&self, ops: &O, index: usize, x: &O::Act, angles: Option<&O::Angles>, rows: &mut [Span<'_, O::Store>]) -> Result<O::Act> {
-        let qkv = ops.linear(&self.qkv, &ops.norm(&self.before_attention, x)?)?;
+        let mut qkv = match &self.before_attention {
+            Some(norm) => ops.linear(&self.qkv, &ops.norm(norm, x)?)?,
+            None => ops.linear(&self.qkv, x)?,
+        };
+        for QkNorm { norm, first, group } in &self.qk_norms {
+            qkv = ops.norm_part(norm, qkv, *first, *group)?;
+        }
         ops.attend(&self.attention, index, qkv, angles, rows)
     }
 
@@ -48,12 +72,35 @@ impl<O: Ops> Layer<O> {
     pub fn finish(&self, ops: &O, x: O::Act, mixed: &O::Act) -> Result<O::Act> {
         let attended = after(ops, self.after_attention.as_ref(), ops.linear(&self.out, mixed)?)?;
         let x = ops.add(x, &attended)?;
-        let normed = ops.norm(&self.before_mlp, &x)?;
-        let y = match &self.mlp {
-            Mlp::Plain { up, activation, down } => ops.linear(down, &ops.activate(*activation, ops.linear(up, &normed)?)?)?,
-            Mlp::Gated { gate_up, activation, down } => ops.linear(down, &ops.gate(*activation, ops.linear(gate_up, &normed)?)?)?,
+        let y = match &self.before_mlp {
+            Some(norm) => self.mlp.compute(ops, &ops.norm(norm, &x)?)?,
+            None => self.mlp.compute(ops, &x)?,
         };
         ops.add(x, &after(ops, self.after_mlp.as_ref(), y)?)
+    }
+}
+
+impl<O: Ops> Mlp<O> {
+    fn compute(&self, ops: &O, x: &O::Act) -> Result<O::Act> {
+        match self {
+            Self::Plain { up, activation, down } => ops.linear(down, &ops.activate(*activation, ops.linear(up, x)?)?),
+            Self::Gated { gate_up, activation, down } => ops.linear(down, &ops.gate(*activation, ops.linear(gate_up, x)?)?),
+            Self::Routed { router, top, renormalise, activation, experts } => {
+                let logits = ops.linear(router, x)?;
+                let (mut count, mut parts) = (0, Vec::new());
+                for (picks, [gate_up, down]) in ops.route(&logits, *top, *renormalise)?.into_iter().zip(experts) {
+                    if let Some(&last) = picks.tokens.last() {
+                        let own = ops.select(x, &picks.tokens)?;
+                        let y = ops.linear(down, &ops.gate(*activation, ops.linear(gate_up, &own)?)?)?;
+                        count = count.max(last + 1);
+                        parts.push((picks, y));
+                    }
+                }
+                // Every token has an expert, so the last token that one has is the last of all. Parts are in the order of the experts:
+                // a token's sum has the same order in any company.
+                ops.mix(count, &parts)
+            }
+        }
     }
 }
 
@@ -101,8 +148,9 @@ impl<'a, O: Ops> Loader<'a, O> {
         let spec = self.spec;
         let name = |part: &str| format!("{}{index}.{part}", spec.layer);
         let (before_attention, after_attention, before_mlp, after_mlp) = match spec.residual {
-            Residual::Pre { attention, mlp } => (attention, None, mlp, None),
-            Residual::PrePost { attention, mlp } => (attention[0], Some(attention[1]), mlp[0], Some(mlp[1])),
+            Residual::Pre { attention, mlp } => (Some(attention), None, Some(mlp), None),
+            Residual::Post { attention, mlp } => (None, Some(attention), None, Some(mlp)),
+            Residual::PrePost { attention, mlp } => (Some(attention[0]), Some(attention[1]), Some(mlp[0]), Some(mlp[1])),
         };
         let width = attention.heads * attention.head_dim;
         let kv_width = attention.kv_heads * attention.head_dim;
@@ -110,28 +158,50 @@ impl<'a, O: Ops> Loader<'a, O> {
             Qkv::Split([q, k, v]) => self.stack(name, &[(q, width), (k, kv_width), (v, kv_width)], spec.hidden)?,
             Qkv::Fused(qkv) => self.stack(name, &[(qkv, width + 2 * kv_width)], spec.hidden)?,
         };
-        let mlp = match spec.mlp {
-            spec::Mlp::Plain { up, down, inner, activation } => Mlp::Plain {
+        let routed = spec.experts.as_ref().filter(|experts| experts.layers.get(index) == Some(&true));
+        let mlp = match (routed, spec.mlp) {
+            (Some(experts), _) => self.experts(name, experts)?,
+            (None, spec::Mlp::Plain { up, down, inner, activation }) => Mlp::Plain {
                 up: self.stack(name, &[(up, inner)], spec.hidden)?,
                 activation,
                 down: self.stack(name, &[(down, spec.hidden)], inner)?,
             },
-            spec::Mlp::Gated { gate, up, down, inner, activation } => Mlp::Gated {
+            (None, spec::Mlp::Gated { gate, up, down, inner, activation }) => Mlp::Gated {
                 gate_up: self.stack(name, &[(gate, inner), (up, inner)], spec.hidden)?,
+                activation,
+                down: self.stack(name, &[(down, spec.hidden)], inner)?,
+            },
+            (None, spec::Mlp::GatedFused { gate_up, down, inner, activation }) => Mlp::Gated {
+                gate_up: self.stack(name, &[(gate_up, 2 * inner)], spec.hidden)?,
                 activation,
                 down: self.stack(name, &[(down, spec.hidden)], inner)?,
             },
         };
         Ok(Layer {
             attention: attention.clone(),
-            before_attention: self.norm(&name(before_attention))?,
+            before_attention: before_attention.map(|norm| self.norm(&name(norm))).transpose()?,
             qkv,
+            qk_norms: self.qk_norms(name, attention)?,
             out: self.stack(name, &[(spec.out, spec.hidden)], width)?,
             after_attention: after_attention.map(|norm| self.norm(&name(norm))).transpose()?,
-            before_mlp: self.norm(&name(before_mlp))?,
+            before_mlp: before_mlp.map(|norm| self.norm(&name(norm))).transpose()?,
             mlp,
             after_mlp: after_mlp.map(|norm| self.norm(&name(norm))).transpose()?,
         })
+    }
+
+    fn experts(&mut self, name: impl Fn(&str) -> String + Copy, experts: &spec::Experts) -> Result<Mlp<O>> {
+        let (hidden, inner) = (self.spec.hidden, experts.inner);
+        let linear = |name| Linear { name, bias: false };
+        let router = self.stack(name, &[(linear(experts.router), experts.count)], hidden)?;
+        let mut weights = Vec::new();
+        for number in 0..experts.count {
+            let name = |part: &str| name(&format!("{}{number}.{part}", experts.expert));
+            let gate_up = self.stack(name, &[(linear(experts.gate), inner), (linear(experts.up), inner)], hidden)?;
+            weights.push([gate_up, self.stack(name, &[(linear(experts.down), hidden)], inner)?]);
+        }
+        let &spec::Experts { top, renormalise, activation, .. } = experts;
+        Ok(Mlp::Routed { router, top, renormalise, activation, experts: weights })
     }
 
     /// A table with a vector for each of `len` things; also a head.
@@ -141,17 +211,35 @@ impl<'a, O: Ops> Loader<'a, O> {
     }
 
     pub fn norm(&self, name: &str) -> Result<Norm<O::Vector>> {
-        let spec::Norm { kind, eps } = self.spec.norm;
-        let mut weight = self.weights.vector(&format!("{name}.weight"), self.spec.hidden)?;
+        self.norm_of(self.spec.norm, name, self.spec.hidden, 1)
+    }
+
+    fn qk_norms(&self, name: impl Fn(&str) -> String, attention: &Attention) -> Result<Vec<QkNorm<O>>> {
+        let Some(spec::QkNorm { query, key, norm, extent }) = self.spec.qk_norm else { return Ok(Vec::new()) };
+        let Attention { heads, kv_heads, head_dim, .. } = *attention;
+        let part = |part, first: usize, heads: usize| {
+            let (group, times) = match extent {
+                Extent::Head => (head_dim, heads),
+                Extent::Token => (heads * head_dim, 1),
+            };
+            Ok(QkNorm { norm: self.norm_of(norm, &name(part), group, times)?, first: first * head_dim, group })
+        };
+        [part(query, 0, heads), part(key, heads, kv_heads)].into_iter().collect()
+    }
+
+    /// A norm of `len` values, its weights repeated `times` times.
+    fn norm_of(&self, spec::Norm { kind, eps }: spec::Norm, name: &str, len: usize, times: usize) -> Result<Norm<O::Vector>> {
+        let mut weight = self.weights.vector(&format!("{name}.weight"), len)?;
         if kind == NormKind::RmsPlusOne {
             weight.iter_mut().for_each(|value| *value += 1.0);
         }
         let (kind, bias) = match kind {
-            NormKind::Rms | NormKind::RmsPlusOne => (kernels::NormKind::Rms, None),
-            NormKind::Layer => (kernels::NormKind::Layer, Some(self.weights.vector(&format!("{name}.bias"), self.spec.hidden)?)),
+            NormKind::Rms => (kernels::NormKind::Rms, None),
+            NormKind::RmsOnce | NormKind::RmsPlusOne => (kernels::NormKind::RmsOnce, None),
+            NormKind::Layer => (kernels::NormKind::Layer, Some(self.weights.vector(&format!("{name}.bias"), len)?)),
         };
-        let bias = bias.map(|bias| self.ops.vector(&bias)).transpose()?;
-        Ok(Norm { kind, weight: self.ops.vector(&weight)?, bias, eps })
+        let bias = bias.map(|bias| self.ops.vector(&bias.repeat(times))).transpose()?;
+        Ok(Norm { kind, weight: self.ops.vector(&weight.repeat(times))?, bias, eps })
     }
 
     /// Projections of the same inputs, given with their numbers of outputs, as one weight.

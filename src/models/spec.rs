@@ -1,6 +1,7 @@
 //! An architecture as data: all in which decoder-only families differ.
 
-use crate::kernels::{Activation, Attention, Rope, StoreShape};
+use super::rope::Rotation;
+use crate::kernels::{Activation, Attention, StoreShape};
 
 /// What a family's decoder is made of. Names are those of the checkpoint's tensors, without `.weight` and `.bias`.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,8 +23,12 @@ pub(crate) struct DecoderSpec {
     /// How projections are stored.
     pub layout: Layout,
     pub qkv: Qkv,
+    /// Normalises queries and keys before they are rotated.
+    pub qk_norm: Option<QkNorm>,
     pub out: Linear,
     pub mlp: Mlp,
+    /// Routed experts, which some layers have instead of `mlp`.
+    pub experts: Option<Experts>,
     pub norm: Norm,
     pub residual: Residual,
     pub final_norm: &'static str,
@@ -45,8 +50,8 @@ impl DecoderSpec {
 pub(crate) enum Positions {
     /// A table of `len` vectors, added to the embeddings.
     Learned { name: &'static str, len: usize },
-    /// Queries and keys are rotated; trained on `trained` positions.
-    Rope { rope: Rope, trained: usize },
+    /// Queries and keys are rotated: those of layer `i` by the rotation `layers[i]`, if it has one. Trained on `trained` positions.
+    Rope { rotations: Vec<Rotation>, layers: Vec<Option<usize>>, trained: usize },
 }
 
 /// How the file stores projections.
@@ -74,6 +79,24 @@ pub(crate) enum Qkv {
     Fused(Linear),
 }
 
+/// The norms of queries and keys.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct QkNorm {
+    pub query: &'static str,
+    pub key: &'static str,
+    pub norm: Norm,
+    pub extent: Extent,
+}
+
+/// What a norm of queries or keys takes together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Extent {
+    /// Each head, all heads with the same weights.
+    Head,
+    /// All heads of a token.
+    Token,
+}
+
 /// The feed-forward part of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mlp {
@@ -81,6 +104,28 @@ pub(crate) enum Mlp {
     Plain { up: Linear, down: Linear, inner: usize, activation: Activation },
     /// `down(activation(gate(x)) * up(x))`
     Gated { gate: Linear, up: Linear, down: Linear, inner: usize, activation: Activation },
+    /// The same, gate and up stacked in one tensor.
+    GatedFused { gate_up: Linear, down: Linear, inner: usize, activation: Activation },
+}
+
+/// Gated feed-forward parts of which each token uses a few: `sum(share * expert(x))`.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Experts {
+    /// Whether a layer has them.
+    pub layers: Vec<bool>,
+    pub router: &'static str,
+    /// What an expert's tensors start with, before its number.
+    pub expert: &'static str,
+    pub gate: &'static str,
+    pub up: &'static str,
+    pub down: &'static str,
+    pub count: usize,
+    /// How many a token uses: those with the largest softmax of the router's output, which is their share.
+    pub top: usize,
+    /// Whether the shares of the chosen are made to sum to 1.
+    pub renormalise: bool,
+    pub inner: usize,
+    pub activation: Activation,
 }
 
 /// The kind of all norms of a model.
@@ -95,7 +140,9 @@ pub(crate) struct Norm {
 pub(crate) enum NormKind {
     /// `x / rms(x) * w`
     Rms,
-    /// `x / rms(x) * (1 + w)`
+    /// `x / rms(x) * w`, in half precision rounded once
+    RmsOnce,
+    /// `x / rms(x) * (1 + w)`, in half precision rounded once
     RmsPlusOne,
     /// `(x - mean(x)) / std(x) * w + b`
     Layer,
@@ -106,6 +153,8 @@ pub(crate) enum NormKind {
 pub(crate) enum Residual {
     /// `x + f(norm(x))`
     Pre { attention: &'static str, mlp: &'static str },
+    /// `x + norm(f(x))`
+    Post { attention: &'static str, mlp: &'static str },
     /// `x + norm(f(norm(x)))`; pairs are the norms before and after.
     PrePost { attention: [&'static str; 2], mlp: [&'static str; 2] },
 }

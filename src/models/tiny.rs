@@ -4,7 +4,7 @@
 use super::{
     families,
     fields::Fields,
-    spec::{DecoderSpec, Head, Layout, Linear, Mlp, NormKind, Positions, Qkv, Residual},
+    spec::{DecoderSpec, Extent, Head, Layout, Linear, Mlp, NormKind, Positions, QkNorm, Qkv, Residual},
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -14,7 +14,8 @@ use std::{collections::BTreeMap, path::Path};
 use tempfile::TempDir;
 
 /// One of each family.
-pub(crate) const FAMILIES: [&str; 4] = ["gpt2", "llama", "qwen2", "gemma2"];
+pub(crate) const FAMILIES: [&str; 13] =
+    ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "mixtral", "qwen3_moe"];
 
 /// Tensors by name, with shape and values.
 pub(crate) type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
@@ -32,16 +33,34 @@ pub(crate) fn write(config: &Value, dtype: Dtype) -> TempDir {
     folder
 }
 
-/// 61 ids, 3 layers, 32 dimensions; windows of 4 where the family has windows.
+/// 61 ids, 3 layers, 32 dimensions; windows of 4 where the family has windows, of 6 where all layers have them.
 pub(crate) fn config(family: &str) -> Value {
-    match family {
+    let more = match family {
+        "mistral" => json!({"sliding_window": 6}),
+        "gemma3_text" => json!({"sliding_window_pattern": 2, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        "phi3" => json!({
+            "sliding_window": 6, "original_max_position_embeddings": 20, "partial_rotary_factor": 0.75,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [2.0, 4.0, 8.0]},
+        }),
+        "smollm3" => json!({"no_rope_layer_interval": 2}),
+        "mixtral" => json!({"sliding_window": 6, "num_local_experts": 4}),
+        "qwen3_moe" => json!({
+            "sliding_window": 6, "num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "mlp_only_layers": [1],
+        }),
+        _ => json!({}),
+    };
+    let mut config = match family {
         "gpt2" => json!({"model_type": "gpt2", "vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 40}),
         _ => json!({
             "model_type": family, "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 40,
             "query_pre_attn_scalar": 8, "use_sliding_window": true, "sliding_window": 4, "max_window_layers": 1,
         }),
+    };
+    if let (Some(config), Value::Object(more)) = (config.as_object_mut(), more) {
+        config.extend(more);
     }
+    config
 }
 
 /// The tensors that a config asks for, with the same random values each time.
@@ -111,8 +130,24 @@ impl Random {
             Mlp::Gated { gate, up, down, inner, .. } => {
                 linears.extend([(gate, inner, spec.hidden), (up, inner, spec.hidden), (down, spec.hidden, inner)]);
             }
+            Mlp::GatedFused { gate_up, down, inner, .. } => {
+                linears.extend([(gate_up, 2 * inner, spec.hidden), (down, spec.hidden, inner)]);
+            }
         }
         let prefix = format!("{}{}{index}.", spec.base, spec.layer);
+        if let Some(experts) = spec.experts.as_ref().filter(|experts| experts.layers[index]) {
+            // Beside the dense part, which is not read then.
+            self.add(format!("{prefix}{}.weight", experts.router), vec![experts.count, spec.hidden]);
+            for expert in 0..experts.count {
+                for (name, shape) in [
+                    (experts.gate, [experts.inner, spec.hidden]),
+                    (experts.up, [experts.inner, spec.hidden]),
+                    (experts.down, [spec.hidden, experts.inner]),
+                ] {
+                    self.add(format!("{prefix}{}{expert}.{name}.weight", experts.expert), shape.to_vec());
+                }
+            }
+        }
         for (Linear { name, bias }, outputs, inputs) in linears {
             let shape = if spec.layout == Layout::Conv1d { [inputs, outputs] } else { [outputs, inputs] };
             self.add(format!("{prefix}{name}.weight"), shape.to_vec());
@@ -120,8 +155,16 @@ impl Random {
                 self.add(format!("{prefix}{name}.bias"), vec![outputs]);
             }
         }
+        if let Some(QkNorm { query, key, extent, .. }) = spec.qk_norm {
+            let [width, kv_width] = match extent {
+                Extent::Head => [attention.head_dim; 2],
+                Extent::Token => [width, kv_width],
+            };
+            self.add(format!("{prefix}{query}.weight"), vec![width]);
+            self.add(format!("{prefix}{key}.weight"), vec![kv_width]);
+        }
         let norms = match spec.residual {
-            Residual::Pre { attention, mlp } => vec![attention, mlp],
+            Residual::Pre { attention, mlp } | Residual::Post { attention, mlp } => vec![attention, mlp],
             Residual::PrePost { attention, mlp } => [attention, mlp].concat(),
         };
         for norm in norms {

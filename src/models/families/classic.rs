@@ -35,6 +35,7 @@ pub(super) fn gpt2(config: &Fields) -> Result<DecoderSpec> {
         attention: (0..config.size("n_layer", 12, COUNT)?).map(attention).collect(),
         layout: Layout::Conv1d,
         qkv: Qkv::Fused(Linear { name: "attn.c_attn", bias: true }),
+        qk_norm: None,
         out: Linear { name: "attn.c_proj", bias: true },
         mlp: Mlp::Plain {
             up: Linear { name: "mlp.c_fc", bias: true },
@@ -42,6 +43,7 @@ pub(super) fn gpt2(config: &Fields) -> Result<DecoderSpec> {
             inner: config.optional_size("n_inner", None, WIDTH)?.unwrap_or(4 * hidden),
             activation: activation(config, "activation_function", "gelu_new")?,
         },
+        experts: None,
         norm: Norm { kind: NormKind::Layer, eps: config.positive("layer_norm_epsilon", 1e-5)? as f32 },
         residual: Residual::Pre { attention: "ln_1", mlp: "ln_2" },
         final_norm: "ln_f",
