@@ -3,7 +3,7 @@
 use super::{
     kv::Kv,
     layers::{Layer, Loader},
-    spec::{DecoderSpec, Head, Positions},
+    spec::{DecoderSpec, Head, Positions, Projection},
     weights::Weights,
 };
 use crate::{
@@ -20,9 +20,12 @@ pub(crate) struct Decoder<O: Ops> {
     shape: StoreShape,
     embedding: O::Weight,
     embedding_scale: Option<f32>,
+    embedding_norm: Option<Norm<O::Vector>>,
+    /// Between the widths of embeddings and layers, in and out.
+    projection: Option<[O::Weight; 2]>,
     positions: Place<O>,
     layers: Vec<Layer<O>>,
-    norm: Norm<O::Vector>,
+    norm: Option<Norm<O::Vector>>,
     /// The embeddings where there is none.
     head: Option<O::Weight>,
     softcap: Option<f32>,
@@ -30,19 +33,33 @@ pub(crate) struct Decoder<O: Ops> {
 
 /// How tokens are told where they stand.
 enum Place<O: Ops> {
-    Table(O::Weight),
+    /// With the number of its vectors that are not used.
+    Table(O::Weight, usize),
     Rope(Rope),
+    /// The attention's biases tell.
+    Alibi,
 }
 
 impl<O: Ops> Decoder<O> {
     /// Loads a checkpoint, layer by layer. `info` says what `ops` are: device, type, page and bytes of a position.
     pub fn load(ops: O, info: ModelInfo, spec: &DecoderSpec, weights: &Weights, progress: Option<&OnProgress>) -> Result<Self> {
         let mut loader = Loader::new(&ops, spec, weights, progress);
-        let (embedding, head) = ends(spec, weights)?;
-        let embedding = loader.table(embedding, spec.vocab)?;
+        let (vocab, outer, hidden) = (spec.vocab, spec.outer(), spec.hidden);
+        let Ends { table, head, bias } = ends(spec, weights)?;
+        let embedding = loader.matrix(table, vocab, outer, bias.filter(|_| head.is_none()))?;
+        let embedding_norm = spec.embedding_norm.map(|name| loader.norm(name)).transpose()?;
+        let projection = match spec.projection {
+            Some(Projection { inward, outward, .. }) => {
+                Some([loader.matrix(inward, hidden, outer, None)?, loader.matrix(outward, outer, hidden, None)?])
+            }
+            None => None,
+        };
         let (positions, context) = match &spec.positions {
-            Positions::Learned { name, len } => (Place::Table(loader.table(name, *len)?), Context::Hard(*len)),
+            &Positions::Learned { name, skip, len } => {
+                (Place::Table(loader.matrix(name, skip + len, hidden, None)?, skip), Context::Hard(len))
+            }
             Positions::Rope { rope, trained } => (Place::Rope(rope.clone()), Context::Soft(*trained)),
+            Positions::Alibi { trained } => (Place::Alibi, trained.map_or(Context::Unlimited, Context::Soft)),
         };
         loader.report()?;
         let mut layers = Vec::with_capacity(spec.attention.len());
@@ -50,14 +67,14 @@ impl<O: Ops> Decoder<O> {
             layers.push(loader.layer(index, attention)?);
             loader.report()?;
         }
-        let norm = loader.norm(spec.final_norm)?;
-        let head = head.map(|name| loader.table(name, spec.vocab)).transpose()?;
+        let norm = spec.final_norm.map(|name| loader.norm(name)).transpose()?;
+        let head = head.map(|name| loader.matrix(name, vocab, outer, bias)).transpose()?;
         loader.finish()?;
 
         let (shape, info) =
             (spec.shape(), ModelInfo { context, layers: spec.attention.len(), weight_bytes: loader.weight_bytes(), ..info });
         let (embedding_scale, softcap) = (spec.embedding_scale, spec.softcap);
-        Ok(Self { ops, info, shape, embedding, embedding_scale, positions, layers, norm, head, softcap })
+        Ok(Self { ops, info, shape, embedding, embedding_scale, embedding_norm, projection, positions, layers, norm, head, softcap })
     }
 
     fn check(&self, tokens: &[u32], cache: &Kv<O::Store>) -> Result<()> {
@@ -101,12 +118,29 @@ impl<O: Ops> Decoder<O> {
             Some(scale) => self.ops.scale(x, scale)?,
             None => x,
         };
+        let x = match &self.projection {
+            Some([inward, _]) => self.ops.linear(inward, &x)?,
+            None => x,
+        };
+        let x = match &self.embedding_norm {
+            Some(norm) => self.ops.norm(norm, &x)?,
+            None => x,
+        };
         match &self.positions {
-            Place::Table(table) => {
-                let places: Vec<u32> = positions.iter().map(|&position| position as u32).collect();
+            Place::Table(table, skip) => {
+                let places: Vec<u32> = positions.iter().map(|&position| (skip + position) as u32).collect();
                 Ok((self.ops.add(x, &self.ops.embed(table, &places)?)?, None))
             }
             Place::Rope(rope) => Ok((x, Some(self.ops.angles(rope, positions)?))),
+            Place::Alibi => Ok((x, None)),
+        }
+    }
+
+    /// From the width of the layers to that of the head.
+    fn outward(&self, x: O::Act) -> Result<O::Act> {
+        match &self.projection {
+            Some([_, outward]) => self.ops.linear(outward, &x),
+            None => Ok(x),
         }
     }
 
@@ -133,7 +167,11 @@ impl<O: Ops> Decoder<O> {
             x = layer.finish(ops, x, &mixed)?;
         }
         let head = self.head.as_ref().unwrap_or(&self.embedding);
-        let x = ops.norm(&self.norm, &x)?;
+        let x = match &self.norm {
+            Some(norm) => ops.norm(norm, &x)?,
+            None => x,
+        };
+        let x = self.outward(x)?;
         match pass.want {
             Want::Hidden => {
                 let logits = ops.logits(head, &ops.select(&x, &pass.read)?, self.softcap)?;
@@ -142,7 +180,7 @@ impl<O: Ops> Decoder<O> {
             Want::Layers(_) => {
                 let mut layers = Vec::with_capacity(early.len() + 1);
                 for state in early {
-                    layers.push(ops.logits(head, &state?, None)?.into_host()?);
+                    layers.push(ops.logits(head, &self.outward(state?)?, None)?.into_host()?);
                 }
                 layers.push(ops.logits(head, &x, self.softcap)?.into_host()?);
                 let row = |row: usize| layers.iter().flat_map(move |logits| &logits[row * self.info.vocab_size..][..self.info.vocab_size]);
@@ -204,20 +242,29 @@ impl<O: Ops> Model for Decoder<O> {
     }
 }
 
-/// The names of the embeddings and, unless they serve as one, of the head.
-fn ends(spec: &DecoderSpec, weights: &Weights) -> Result<(&'static str, Option<&'static str>)> {
-    let head = match spec.head {
-        Head::Own(head) => return Ok((spec.embedding, Some(head))),
-        Head::Tied(head) => head,
-    };
-    let [table, own] = [spec.embedding, head].map(|name| format!("{name}.weight"));
+/// The names of what stands before and after the layers.
+struct Ends {
+    table: &'static str,
+    /// None if the table serves as one.
+    head: Option<&'static str>,
+    /// What the head's bias is named after.
+    bias: Option<&'static str>,
+}
+
+fn ends(spec: &DecoderSpec, weights: &Weights) -> Result<Ends> {
+    let (Head::Own(linear) | Head::Tied(linear)) = spec.head;
+    let (table, bias) = (spec.embedding, linear.bias.then_some(linear.name));
+    if let Head::Own(_) = spec.head {
+        return Ok(Ends { table, head: Some(linear.name), bias });
+    }
+    let [embedding, own] = [table, linear.name].map(|name| format!("{name}.weight"));
     // HF: the file outvotes `tie_word_embeddings`. A tied head that it has all the same is used if it differs from the
     // embeddings, and serves as embeddings if those are missing.
-    match (weights.contains(&table), weights.contains(&own)) {
-        (true, true) if !weights.equal(&table, &own)? => Ok((spec.embedding, Some(head))),
-        (false, true) => Ok((head, None)),
-        _ => Ok((spec.embedding, None)),
-    }
+    Ok(match (weights.contains(&embedding), weights.contains(&own)) {
+        (true, true) if !weights.equal(&embedding, &own)? => Ends { table, head: Some(linear.name), bias },
+        (false, true) => Ends { table: linear.name, head: None, bias },
+        _ => Ends { table, head: None, bias },
+    })
 }
 
 #[cfg(test)]

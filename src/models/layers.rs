@@ -13,14 +13,11 @@ use crate::{
 /// A layer: attention and a feed-forward part, each added to what it was given.
 pub(crate) struct Layer<O: Ops> {
     attention: Attention,
-    before_attention: Norm<O::Vector>,
+    residual: Residual<Norm<O::Vector>>,
     /// Queries, keys and values stacked, so that they are one product.
     qkv: O::Weight,
     out: O::Weight,
-    after_attention: Option<Norm<O::Vector>>,
-    before_mlp: Norm<O::Vector>,
     mlp: Mlp<O>,
-    after_mlp: Option<Norm<O::Vector>>,
 }
 
 enum Mlp<O: Ops> {
@@ -40,27 +37,55 @@ enum Mlp<O: Ops> {
 impl<O: Ops> Layer<O> {
     /// Attention up to the mixed values: all that the caches need of the layer.
     pub fn attend(&self, ops: &O, index: usize, x: &O::Act, angles: Option<&O::Angles>, rows: &mut [Span<'_, O::Store>]) -> Result<O::Act> {
-        let qkv = ops.linear(&self.qkv, &ops.norm(&self.before_attention, x)?)?;
+        let normed = match &self.residual {
+            Residual::Pre { attention, .. }
+            | Residual::PrePost { attention: [attention, _], .. }
+            | Residual::Normed { attention, .. }
+            | Residual::Parallel { attention, .. } => Some(ops.norm(attention, x)?),
+            Residual::Post { .. } => None,
+        };
+        let qkv = ops.linear(&self.qkv, normed.as_ref().unwrap_or(x))?;
         ops.attend(&self.attention, index, qkv, angles, rows)
     }
 
-    /// The rest of the layer, each token alone.
+    /// The rest of the layer, each token alone. Where a norm of `x` is needed once more, computing it again costs less than
+    /// carrying it along.
     pub fn finish(&self, ops: &O, x: O::Act, mixed: &O::Act) -> Result<O::Act> {
-        let attended = after(ops, self.after_attention.as_ref(), ops.linear(&self.out, mixed)?)?;
-        let x = ops.add(x, &attended)?;
-        let normed = ops.norm(&self.before_mlp, &x)?;
-        let y = match &self.mlp {
-            Mlp::Plain { up, activation, down } => ops.linear(down, &ops.activate(*activation, ops.linear(up, &normed)?)?)?,
-            Mlp::Gated { gate_up, activation, down } => ops.linear(down, &ops.gate(*activation, ops.linear(gate_up, &normed)?)?)?,
-        };
-        ops.add(x, &after(ops, self.after_mlp.as_ref(), y)?)
+        let y = ops.linear(&self.out, mixed)?;
+        match &self.residual {
+            Residual::Pre { mlp, .. } => {
+                let x = ops.add(x, &y)?;
+                let y = self.mlp(ops, &ops.norm(mlp, &x)?)?;
+                ops.add(x, &y)
+            }
+            Residual::PrePost { attention: [_, attention], mlp: [before, after] } => {
+                let x = ops.add(x, &ops.norm(attention, &y)?)?;
+                let y = self.mlp(ops, &ops.norm(before, &x)?)?;
+                ops.add(x, &ops.norm(after, &y)?)
+            }
+            Residual::Post { attention, mlp } => {
+                let x = ops.norm(attention, &ops.add(x, &y)?)?;
+                let y = self.mlp(ops, &x)?;
+                ops.norm(mlp, &ops.add(x, &y)?)
+            }
+            Residual::Normed { attention, mlp } => {
+                let x = ops.add(ops.norm(attention, &x)?, &y)?;
+                let x = ops.norm(mlp, &x)?;
+                let y = self.mlp(ops, &x)?;
+                ops.add(x, &y)
+            }
+            Residual::Parallel { attention, mlp } => {
+                let z = self.mlp(ops, &ops.norm(mlp.as_ref().unwrap_or(attention), &x)?)?;
+                ops.add(x, &ops.add(z, &y)?)
+            }
+        }
     }
-}
 
-fn after<O: Ops>(ops: &O, norm: Option<&Norm<O::Vector>>, x: O::Act) -> Result<O::Act> {
-    match norm {
-        Some(norm) => ops.norm(norm, &x),
-        None => Ok(x),
+    fn mlp(&self, ops: &O, x: &O::Act) -> Result<O::Act> {
+        match &self.mlp {
+            Mlp::Plain { up, activation, down } => ops.linear(down, &ops.activate(*activation, ops.linear(up, x)?)?),
+            Mlp::Gated { gate_up, activation, down } => ops.linear(down, &ops.gate(*activation, ops.linear(gate_up, x)?)?),
+        }
     }
 }
 
@@ -100,15 +125,12 @@ impl<'a, O: Ops> Loader<'a, O> {
     pub fn layer(&mut self, index: usize, attention: &Attention) -> Result<Layer<O>> {
         let spec = self.spec;
         let name = |part: &str| format!("{}{index}.{part}", spec.layer);
-        let (before_attention, after_attention, before_mlp, after_mlp) = match spec.residual {
-            Residual::Pre { attention, mlp } => (attention, None, mlp, None),
-            Residual::PrePost { attention, mlp } => (attention[0], Some(attention[1]), mlp[0], Some(mlp[1])),
-        };
         let width = attention.heads * attention.head_dim;
         let kv_width = attention.kv_heads * attention.head_dim;
         let qkv = match spec.qkv {
             Qkv::Split([q, k, v]) => self.stack(name, &[(q, width), (k, kv_width), (v, kv_width)], spec.hidden)?,
             Qkv::Fused(qkv) => self.stack(name, &[(qkv, width + 2 * kv_width)], spec.hidden)?,
+            Qkv::Grouped(qkv) => self.grouped(name, qkv, attention)?,
         };
         let mlp = match spec.mlp {
             spec::Mlp::Plain { up, down, inner, activation } => Mlp::Plain {
@@ -124,31 +146,36 @@ impl<'a, O: Ops> Loader<'a, O> {
         };
         Ok(Layer {
             attention: attention.clone(),
-            before_attention: self.norm(&name(before_attention))?,
+            residual: spec.residual.try_map(|norm| self.norm(&name(norm)))?,
             qkv,
             out: self.stack(name, &[(spec.out, spec.hidden)], width)?,
-            after_attention: after_attention.map(|norm| self.norm(&name(norm))).transpose()?,
-            before_mlp: self.norm(&name(before_mlp))?,
             mlp,
-            after_mlp: after_mlp.map(|norm| self.norm(&name(norm))).transpose()?,
         })
     }
 
-    /// A table with a vector for each of `len` things; also a head.
-    pub fn table(&mut self, name: &str, len: usize) -> Result<O::Weight> {
-        let matrix = self.weights.matrix(&format!("{name}.weight"), len, self.spec.hidden, false)?;
-        self.pack(&[matrix], None)
+    /// A matrix of `outputs` times `inputs`, with the bias of that name: a table with a vector for each output, a head, a
+    /// projection outside of the layers.
+    pub fn matrix(&mut self, name: &str, outputs: usize, inputs: usize, bias: Option<&str>) -> Result<O::Weight> {
+        let matrix = self.weights.matrix(&format!("{name}.weight"), outputs, inputs, false)?;
+        let bias = bias.map(|bias| self.weights.vector(&format!("{bias}.bias"), outputs)).transpose()?;
+        self.pack(&[matrix], bias.as_deref())
     }
 
     pub fn norm(&self, name: &str) -> Result<Norm<O::Vector>> {
         let spec::Norm { kind, eps } = self.spec.norm;
+        if kind == NormKind::LayerBare {
+            let weight = self.ops.vector(&vec![1.0; self.spec.hidden])?;
+            return Ok(Norm { kind: kernels::NormKind::Layer, weight, bias: None, eps });
+        }
         let mut weight = self.weights.vector(&format!("{name}.weight"), self.spec.hidden)?;
         if kind == NormKind::RmsPlusOne {
             weight.iter_mut().for_each(|value| *value += 1.0);
         }
         let (kind, bias) = match kind {
             NormKind::Rms | NormKind::RmsPlusOne => (kernels::NormKind::Rms, None),
-            NormKind::Layer => (kernels::NormKind::Layer, Some(self.weights.vector(&format!("{name}.bias"), self.spec.hidden)?)),
+            NormKind::Layer | NormKind::LayerBare => {
+                (kernels::NormKind::Layer, Some(self.weights.vector(&format!("{name}.bias"), self.spec.hidden)?))
+            }
         };
         let bias = bias.map(|bias| self.ops.vector(&bias)).transpose()?;
         Ok(Norm { kind, weight: self.ops.vector(&weight)?, bias, eps })
@@ -166,6 +193,23 @@ impl<'a, O: Ops> Loader<'a, O> {
             }
         }
         self.pack(&matrices, (!biases.is_empty()).then_some(&biases))
+    }
+
+    /// Queries, keys and values that the file groups by the heads of keys and values, in the order of the attention.
+    fn grouped(&mut self, name: impl Fn(&str) -> String, linear: Linear, attention: &Attention) -> Result<O::Weight> {
+        let &Attention { heads, kv_heads, head_dim, .. } = attention;
+        let (queries, group) = (heads / kv_heads * head_dim, (heads / kv_heads + 2) * head_dim);
+        let name = name(linear.name);
+        let matrix = self.weights.matrix(&format!("{name}.weight"), kv_heads * group, self.spec.hidden, false)?;
+        let part = |start: usize, len: usize| (0..kv_heads).map(move |head| head * group + start..head * group + start + len);
+        let parts = || part(0, queries).chain(part(queries, head_dim)).chain(part(queries + head_dim, head_dim));
+        let matrices: Vec<_> = parts().map(|rows| matrix.rows(rows)).collect();
+        let bias = match linear.bias {
+            true => Some(self.weights.vector(&format!("{name}.bias"), kv_heads * group)?),
+            false => None,
+        };
+        let bias = bias.map(|bias| parts().flat_map(|rows| &bias[rows]).copied().collect::<Vec<_>>());
+        self.pack(&matrices, bias.as_deref())
     }
 
     fn pack(&mut self, matrices: &[Matrix<'_>], bias: Option<&[f32]>) -> Result<O::Weight> {

@@ -4,7 +4,7 @@
 use super::{
     families,
     fields::Fields,
-    spec::{DecoderSpec, Head, Layout, Linear, Mlp, NormKind, Positions, Qkv, Residual},
+    spec::{DecoderSpec, Head, Layout, Linear, Mlp, NormKind, Positions, Projection, Qkv},
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -13,8 +13,26 @@ use serde_json::{Value, json};
 use std::{collections::BTreeMap, path::Path};
 use tempfile::TempDir;
 
-/// One of each family.
-pub(crate) const FAMILIES: [&str; 4] = ["gpt2", "llama", "qwen2", "gemma2"];
+/// One of each family, and of each variant that is computed differently.
+pub(crate) const FAMILIES: [&str; 17] = [
+    "gpt2",
+    "gpt_neox",
+    "gpt_neox-serial",
+    "opt",
+    "opt-post",
+    "bloom",
+    "bloom-normed",
+    "falcon",
+    "falcon-new",
+    "falcon-alibi",
+    "phi",
+    "stablelm",
+    "stablelm-parallel",
+    "starcoder2",
+    "llama",
+    "qwen2",
+    "gemma2",
+];
 
 /// Tensors by name, with shape and values.
 pub(crate) type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
@@ -32,12 +50,33 @@ pub(crate) fn write(config: &Value, dtype: Dtype) -> TempDir {
     folder
 }
 
-/// 61 ids, 3 layers, 32 dimensions; windows of 4 where the family has windows.
+/// 61 ids, 3 layers, 32 dimensions; windows of 4 or 5 where the family has windows.
 pub(crate) fn config(family: &str) -> Value {
-    match family {
+    let (model_type, variant) = family.split_once('-').unwrap_or((family, ""));
+    let mut config = sizes(model_type);
+    let changes = match (model_type, variant) {
+        ("gpt_neox", "serial") => json!({"use_parallel_residual": false}),
+        ("opt", "post") => json!({"do_layer_norm_before": false, "word_embed_proj_dim": 24}),
+        ("bloom", "normed") => json!({"apply_residual_connection_post_layernorm": true}),
+        ("falcon", "new") => json!({"new_decoder_architecture": true, "num_kv_heads": 2}),
+        ("falcon", "alibi") => json!({"alibi": true, "multi_query": false, "parallel_attn": false, "bias": true}),
+        ("stablelm", "parallel") => json!({"use_parallel_residual": true, "use_qkv_bias": true}),
+        _ => json!({}),
+    };
+    config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    config
+}
+
+fn sizes(model_type: &str) -> Value {
+    match model_type {
         "gpt2" => json!({"model_type": "gpt2", "vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 40}),
+        "bloom" => json!({"model_type": "bloom", "vocab_size": 61, "hidden_size": 36, "n_layer": 3, "n_head": 6}),
+        "starcoder2" => json!({
+            "model_type": "starcoder2", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 40, "sliding_window": 5,
+        }),
         _ => json!({
-            "model_type": family, "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+            "model_type": model_type, "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "ffn_dim": 48, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 40,
             "query_pre_attn_scalar": 8, "use_sliding_window": true, "sliding_window": 4, "max_window_layers": 1,
         }),
@@ -49,16 +88,28 @@ pub(crate) fn tensors(config: &Value) -> Tensors {
     let spec = families::spec(&Fields::new(config.as_object().unwrap().clone())).unwrap();
     let mut random = Random { rng: ChaCha8Rng::seed_from_u64(7), tensors: Tensors::new() };
     let table = |name: &str| format!("{}{name}.weight", spec.base);
-    random.add(table(spec.embedding), vec![spec.vocab, spec.hidden]);
-    if let Positions::Learned { name, len } = spec.positions {
-        random.add(table(name), vec![len, spec.hidden]);
+    random.add(table(spec.embedding), vec![spec.vocab, spec.outer()]);
+    if let Some(name) = spec.embedding_norm {
+        random.norm(&spec, &format!("{}{name}", spec.base));
+    }
+    if let Some(Projection { width, inward, outward }) = spec.projection {
+        random.add(table(inward), vec![spec.hidden, width]);
+        random.add(table(outward), vec![width, spec.hidden]);
+    }
+    if let Positions::Learned { name, skip, len } = spec.positions {
+        random.add(table(name), vec![skip + len, spec.hidden]);
     }
     for index in 0..spec.attention.len() {
         random.layer(&spec, index);
     }
-    random.norm(&spec, &format!("{}{}", spec.base, spec.final_norm));
-    if let Head::Own(name) = spec.head {
-        random.add(format!("{name}.weight"), vec![spec.vocab, spec.hidden]);
+    if let Some(name) = spec.final_norm {
+        random.norm(&spec, &format!("{}{name}", spec.base));
+    }
+    if let Head::Own(Linear { name, bias }) = spec.head {
+        random.add(format!("{name}.weight"), vec![spec.vocab, spec.outer()]);
+        if bias {
+            random.add(format!("{name}.bias"), vec![spec.vocab]);
+        }
     }
     random.tensors
 }
@@ -90,6 +141,9 @@ impl Random {
     }
 
     fn norm(&mut self, spec: &DecoderSpec, name: &str) {
+        if spec.norm.kind == NormKind::LayerBare {
+            return;
+        }
         self.add(format!("{name}.weight"), vec![spec.hidden]);
         if spec.norm.kind == NormKind::Layer {
             self.add(format!("{name}.bias"), vec![spec.hidden]);
@@ -104,7 +158,7 @@ impl Random {
             Qkv::Split([q, k, v]) => {
                 linears.extend([(q, width, spec.hidden), (k, kv_width, spec.hidden), (v, kv_width, spec.hidden)]);
             }
-            Qkv::Fused(qkv) => linears.push((qkv, width + 2 * kv_width, spec.hidden)),
+            Qkv::Fused(qkv) | Qkv::Grouped(qkv) => linears.push((qkv, width + 2 * kv_width, spec.hidden)),
         }
         match spec.mlp {
             Mlp::Plain { up, down, inner, .. } => linears.extend([(up, inner, spec.hidden), (down, spec.hidden, inner)]),
@@ -120,12 +174,7 @@ impl Random {
                 self.add(format!("{prefix}{name}.bias"), vec![outputs]);
             }
         }
-        let norms = match spec.residual {
-            Residual::Pre { attention, mlp } => vec![attention, mlp],
-            Residual::PrePost { attention, mlp } => [attention, mlp].concat(),
-        };
-        for norm in norms {
-            self.norm(spec, &format!("{prefix}{norm}"));
-        }
+        let norm = |norm| Ok(self.norm(spec, &format!("{prefix}{norm}")));
+        spec.residual.try_map(norm).unwrap();
     }
 }

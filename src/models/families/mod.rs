@@ -4,8 +4,8 @@ mod classic;
 mod rotary;
 
 use super::{
-    fields::Fields,
-    spec::{DecoderSpec, Head},
+    fields::{COUNT, Fields},
+    spec::{DecoderSpec, Head, Linear},
 };
 use crate::{
     error::{Error, Result},
@@ -14,8 +14,19 @@ use crate::{
 
 type Family = fn(&Fields) -> Result<DecoderSpec>;
 
-const FAMILIES: [(&str, Family); 4] =
-    [("gpt2", classic::gpt2), ("llama", rotary::llama), ("qwen2", rotary::qwen2), ("gemma2", rotary::gemma2)];
+const FAMILIES: [(&str, Family); 11] = [
+    ("gpt2", classic::gpt2),
+    ("gpt_neox", classic::gpt_neox),
+    ("opt", classic::opt),
+    ("bloom", classic::bloom),
+    ("falcon", classic::falcon),
+    ("phi", classic::phi),
+    ("stablelm", classic::stablelm),
+    ("starcoder2", classic::starcoder2),
+    ("llama", rotary::llama),
+    ("qwen2", rotary::qwen2),
+    ("gemma2", rotary::gemma2),
+];
 
 const ENCODER_DECODERS: [&str; 8] = ["t5", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "m2m_100"];
 
@@ -36,6 +47,16 @@ pub(crate) fn spec(config: &Fields) -> Result<DecoderSpec> {
         }
     }
 }
+
+/// The number of heads of keys and values; as many as there are heads if there is no default.
+fn kv_heads(config: &Fields, field: &str, heads: usize, default: Option<usize>) -> Result<usize> {
+    let kv_heads = config.optional_size(field, default, COUNT)?.unwrap_or(heads);
+    match heads % kv_heads {
+        0 => Ok(kv_heads),
+        _ => Err(config.error(field, kv_heads, &format!("a divisor of num_attention_heads = {heads} is accepted"))),
+    }
+}
+
 /// The heads' share of the width.
 fn share(config: &Fields, field: &str, hidden: usize, heads: usize) -> Result<usize> {
     match hidden % heads {
@@ -45,7 +66,8 @@ fn share(config: &Fields, field: &str, hidden: usize, heads: usize) -> Result<us
 }
 
 fn head(config: &Fields, tied: bool) -> Result<Head> {
-    Ok(if config.flag("tie_word_embeddings", tied)? { Head::Tied("lm_head") } else { Head::Own("lm_head") })
+    let head = Linear { name: "lm_head", bias: false };
+    Ok(if config.flag("tie_word_embeddings", tied)? { Head::Tied(head) } else { Head::Own(head) })
 }
 
 /// Gives `window` to the layers that `layer_types` calls sliding, or `slides` where the field is absent.
@@ -77,9 +99,9 @@ fn activation(config: &Fields, field: &str, default: &str) -> Result<Activation>
     match config.text(field, default)? {
         "silu" | "swish" => Ok(Activation::Silu),
         "gelu" => Ok(Activation::Gelu),
-        "gelu_new" | "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
+        "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
         "relu" => Ok(Activation::Relu),
-        other => Err(config.error(field, other, "silu, swish, gelu, gelu_new, gelu_pytorch_tanh and relu are accepted")),
+        other => Err(config.error(field, other, "silu, swish, gelu, gelu_new, gelu_fast, gelu_pytorch_tanh and relu are accepted")),
     }
 }
 
@@ -122,15 +144,18 @@ mod tests {
             let spec = of(&json!({"model_type": name})).unwrap();
             let Attention { heads, kv_heads, head_dim, .. } = spec.attention[0];
             let (Mlp::Plain { inner, .. } | Mlp::Gated { inner, .. }) = spec.mlp;
-            let (Positions::Learned { len, .. } | Positions::Rope { trained: len, .. }) = spec.positions;
+            let len = match spec.positions {
+                Positions::Learned { len, .. } | Positions::Rope { trained: len, .. } => len,
+                Positions::Alibi { trained } => trained.unwrap_or(0),
+            };
             [spec.vocab, spec.hidden, inner, spec.attention.len(), heads, kv_heads, head_dim, len]
         };
         assert_eq!(sizes("gpt2"), [50257, 768, 3072, 12, 12, 12, 64, 1024]);
         assert_eq!(sizes("llama"), [32000, 4096, 11008, 32, 32, 32, 128, 2048]);
         assert_eq!(sizes("qwen2"), [151936, 4096, 22016, 32, 32, 32, 128, 32768]);
         assert_eq!(sizes("gemma2"), [256000, 2304, 9216, 26, 8, 4, 256, 8192]);
-        let heads = tiny::FAMILIES.map(|name| of(&json!({"model_type": name})).unwrap().head);
-        assert_eq!(heads, [Head::Tied("lm_head"), Head::Own("lm_head"), Head::Own("lm_head"), Head::Tied("lm_head")]);
+        let tied = ["gpt2", "llama", "qwen2", "gemma2"].map(|name| matches!(of(&json!({"model_type": name})).unwrap().head, Head::Tied(_)));
+        assert_eq!(tied, [true, false, false, true]);
     }
 
     #[test]
@@ -192,7 +217,7 @@ mod tests {
 
     #[test]
     fn unknown_models_are_refused_by_name() {
-        let known = "known are gpt2, llama, qwen2, gemma2";
+        let known = "known are gpt2, gpt_neox, opt, bloom, falcon, phi, stablelm, starcoder2, llama, qwen2, gemma2";
         refused("llama", json!({"model_type": "lama"}), &format!("cannot load config.json: model_type = \"lama\": {known}"));
         refused("llama", json!({"model_type": "absent"}), &format!("cannot load config.json: model_type = \"\": {known}"));
         let reason = "unsupported: model_type \"bart\": encoder-decoder models are not built yet";
@@ -200,7 +225,8 @@ mod tests {
         assert!(matches!(with("llama", json!({"is_encoder_decoder": true})), Err(Error::Unsupported(_))));
         assert!(matches!(with("llama", json!({"quantization_config": {}})), Err(Error::Unsupported(_))));
         assert!(with("llama", json!({"quantization_config": null})).is_ok());
-        let reason = "cannot load config.json: hidden_act = mish: silu, swish, gelu, gelu_new, gelu_pytorch_tanh and relu are accepted";
+        let reason =
+            "cannot load config.json: hidden_act = mish: silu, swish, gelu, gelu_new, gelu_fast, gelu_pytorch_tanh and relu are accepted";
         refused("qwen2", json!({"hidden_act": "mish"}), reason);
     }
 }

@@ -1,6 +1,6 @@
 //! Families in llama's line: rotary positions, grouped heads, root-mean-square norms, a gated feed-forward part.
 
-use super::{activation, head, share, windows};
+use super::{activation, head, kv_heads, share, windows};
 use crate::{
     error::{Error, Result},
     kernels::{Activation, Attention},
@@ -122,16 +122,14 @@ struct Shape {
 fn rotary(config: &Fields, shape: Shape) -> Result<DecoderSpec> {
     let hidden = config.size("hidden_size", shape.hidden, WIDTH)?;
     let heads = config.size("num_attention_heads", shape.heads, COUNT)?;
-    let kv_heads = config.optional_size("num_key_value_heads", shape.kv_heads, COUNT)?.unwrap_or(heads);
-    if heads % kv_heads != 0 {
-        return Err(config.error("num_key_value_heads", kv_heads, &format!("a divisor of num_attention_heads = {heads} is accepted")));
-    }
+    let kv_heads = kv_heads(config, "num_key_value_heads", heads, shape.kv_heads)?;
     let head_dim = match config.optional_size("head_dim", shape.head_dim, COUNT)? {
         Some(head_dim) => head_dim,
         None => share(config, "num_attention_heads", hidden, heads)?,
     };
     let trained = config.size("max_position_embeddings", shape.positions, WIDTH)?;
-    let attention = Attention { heads, kv_heads, head_dim, scale: (head_dim as f64).powf(-0.5) as f32, softcap: None, window: None };
+    let attention =
+        Attention { heads, kv_heads, head_dim, scale: (head_dim as f64).powf(-0.5) as f32, softcap: None, window: None, alibi: Vec::new() };
     let qkv = |name| Linear { name, bias: shape.qkv_bias };
     let mlp = |name| Linear { name, bias: shape.mlp_bias };
     Ok(DecoderSpec {
@@ -141,6 +139,8 @@ fn rotary(config: &Fields, shape: Shape) -> Result<DecoderSpec> {
         hidden,
         embedding: "embed_tokens",
         embedding_scale: None,
+        embedding_norm: None,
+        projection: None,
         positions: Positions::Rope { rope: rope(config, head_dim, trained)?, trained },
         layer: "layers.",
         attention: vec![attention; config.size("num_hidden_layers", shape.layers, COUNT)?],
@@ -156,7 +156,7 @@ fn rotary(config: &Fields, shape: Shape) -> Result<DecoderSpec> {
         },
         norm: Norm { kind: NormKind::Rms, eps: config.positive("rms_norm_eps", 1e-6)? as f32 },
         residual: Residual::Pre { attention: "input_layernorm", mlp: "post_attention_layernorm" },
-        final_norm: "norm",
+        final_norm: Some("norm"),
         head: head(config, shape.tied)?,
         softcap: None,
     })
