@@ -7,6 +7,7 @@ use crate::{
 };
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::{ops::softmax_last_dim, rotary_emb::rope_thd};
+use std::ops::Range;
 
 /// Candle's operations on one device. `dtype` is that of activations; as in the reference's eager code norms, softmax
 /// and activation functions are computed in f32 and rounded back.
@@ -91,6 +92,32 @@ impl CandleOps {
         Ok(x.to_dtype(DType::F32)?.affine(f64::from(factor), 0.0)?.to_dtype(self.dtype)?)
     }
 
+    /// `x` in f32, divided by what the norm divides by.
+    fn normalise(&self, norm: &Norm<Tensor>, x: &Tensor) -> Result<Tensor> {
+        let x = x.to_dtype(DType::F32)?;
+        let x = match norm.kind {
+            NormKind::Rms | NormKind::RmsOnce => x,
+            NormKind::Layer => x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?,
+        };
+        let variance = x.sqr()?.mean_keepdim(D::Minus1)?;
+        Ok(x.broadcast_div(&variance.affine(1.0, f64::from(norm.eps))?.sqrt()?)?)
+    }
+
+    /// A normalised `x` with the norm's weights.
+    fn weigh(&self, norm: &Norm<Tensor>, x: Tensor) -> Result<Tensor> {
+        // HF: llama rounds before it multiplies by the weights, gemma, olmo2 and layer norms after.
+        let x = match norm.kind {
+            NormKind::Rms => x.to_dtype(self.dtype)?.to_dtype(DType::F32)?,
+            NormKind::RmsOnce | NormKind::Layer => x,
+        };
+        let x = x.broadcast_mul(&norm.weight)?;
+        let x = match &norm.bias {
+            Some(bias) => x.broadcast_add(bias)?,
+            None => x,
+        };
+        Ok(x.to_dtype(self.dtype)?)
+    }
+
     fn function(&self, activation: Activation, x: &Tensor) -> Result<Tensor> {
         let x = x.to_dtype(DType::F32)?;
         let y = match activation {
@@ -153,24 +180,17 @@ impl Ops for CandleOps {
     }
 
     fn norm(&self, norm: &Norm<Tensor>, x: &Tensor) -> Result<Tensor> {
-        let x = x.to_dtype(DType::F32)?;
-        let x = match norm.kind {
-            NormKind::Rms => x,
-            NormKind::Layer => x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?,
-        };
-        let variance = x.sqr()?.mean_keepdim(D::Minus1)?;
-        let x = x.broadcast_div(&variance.affine(1.0, f64::from(norm.eps))?.sqrt()?)?;
-        // HF: llama rounds before it multiplies by the weights, a layer norm after.
-        let x = match norm.kind {
-            NormKind::Rms => x.to_dtype(self.dtype)?.to_dtype(DType::F32)?,
-            NormKind::Layer => x,
-        };
-        let x = x.broadcast_mul(&norm.weight)?;
-        let x = match &norm.bias {
-            Some(bias) => x.broadcast_add(bias)?,
-            None => x,
-        };
-        Ok(x.to_dtype(self.dtype)?)
+        self.weigh(norm, self.normalise(norm, x)?)
+    }
+
+    fn norm_part(&self, norm: &Norm<Tensor>, x: Tensor, first: usize, group: usize) -> Result<Tensor> {
+        let (tokens, width) = x.dims2()?;
+        let len = norm.weight.elem_count();
+        let part = x.narrow(1, first, len)?.reshape((tokens, len / group, group))?;
+        let part = self.weigh(norm, self.normalise(norm, &part)?.reshape((tokens, len))?)?;
+        let [before, after] = [(0, first), (first + len, width - first - len)].map(|(start, len)| x.narrow(1, start, len));
+        let parts: Vec<Tensor> = [before?, part, after?].into_iter().filter(|part| part.elem_count() > 0).collect();
+        Ok(Tensor::cat(&parts, 1)?)
     }
 
     fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
@@ -191,11 +211,15 @@ impl Ops for CandleOps {
         Ok((gate * x.narrow(1, width, width)?)?)
     }
 
-    fn angles(&self, rope: &Rope, positions: &[usize]) -> Result<Angles> {
-        let angle = |&position: &usize| rope.inv_freq.iter().map(move |freq| f64::from(position as f32 * freq));
+    fn angles(&self, rows: &[(&Rope, Range<usize>)]) -> Result<Angles> {
+        let pairs = rows.first().map_or(0, |(rope, _)| rope.inv_freq.len());
         let table = |function: fn(f64) -> f64| -> Result<Tensor> {
-            let values: Vec<f32> = positions.iter().flat_map(angle).map(|angle| function(angle) as f32 * rope.scale).collect();
-            Ok(Tensor::from_vec(values, (positions.len(), rope.inv_freq.len()), &self.device)?.to_dtype(self.dtype)?)
+            let mut values = Vec::new();
+            for (rope, positions) in rows {
+                let turn = |position: usize| rope.inv_freq.iter().map(move |freq| f64::from(position as f32 * freq));
+                values.extend(positions.clone().flat_map(turn).map(|angle| function(angle) as f32 * rope.scale));
+            }
+            Ok(Tensor::from_vec(values, ((), pairs), &self.device)?.to_dtype(self.dtype)?)
         };
         Ok(Angles { cos: table(f64::cos)?, sin: table(f64::sin)? })
     }
@@ -424,7 +448,7 @@ mod tests {
                 let mut store = ops().store(shape, Room::Grow).unwrap();
                 let (mut found, mut first) = (Vec::new(), 0);
                 for count in chunks {
-                    let angles = ops().angles(rope, &(first..first + count).collect::<Vec<_>>()).unwrap();
+                    let angles = ops().angles(&[(rope, first..first + count)]).unwrap();
                     let x = act(&qkv[first..first + count].concat(), width);
                     let mut rows = [Span { first: 0, count, store: &mut store }];
                     found.extend(values(ops().attend(&attention, 1, x, Some(&angles), &mut rows).unwrap()));

@@ -47,6 +47,9 @@ pub(crate) trait Ops: Send + Sync + 'static {
     fn linear(&self, weight: &Self::Weight, x: &Self::Act) -> Result<Self::Act>;
     /// Normalises each token.
     fn norm(&self, norm: &Norm<Self::Vector>, x: &Self::Act) -> Result<Self::Act>;
+    /// Normalises some columns of each token, from `first` on: `group` of them at a time, each group alone. The norm has a weight
+    /// for each of these columns.
+    fn norm_part(&self, norm: &Norm<Self::Vector>, x: Self::Act, first: usize, group: usize) -> Result<Self::Act>;
     /// `x + y`.
     fn add(&self, x: Self::Act, y: &Self::Act) -> Result<Self::Act>;
     /// `x * factor`.
@@ -55,8 +58,8 @@ pub(crate) trait Ops: Send + Sync + 'static {
     fn activate(&self, activation: Activation, x: Self::Act) -> Result<Self::Act>;
     /// `activation(gate) * up`, where each token of `x` is `[gate | up]`.
     fn gate(&self, activation: Activation, x: Self::Act) -> Result<Self::Act>;
-    /// The rotary angles of tokens at `positions`.
-    fn angles(&self, rope: &Rope, positions: &[usize]) -> Result<Self::Angles>;
+    /// The rotary angles of a pass: each row's rotation and the positions of its new tokens. All turn equally many pairs.
+    fn angles(&self, rows: &[(&Rope, Range<usize>)]) -> Result<Self::Angles>;
     /// Causal self-attention. Each token of `qkv` is `[heads * head_dim | kv_heads * head_dim | kv_heads * head_dim]`.
     /// Rotates queries and keys where `angles` are given, appends keys and values of `layer` to each row's store, and
     /// returns `(tokens, heads * head_dim)`. The store's length grows only with [`Store::grow`], after the last layer.
@@ -130,8 +133,10 @@ pub(crate) struct Norm<V> {
 /// What a norm divides by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum NormKind {
-    /// The root of the mean square.
+    /// The root of the mean square; in half precision rounded before the weights are multiplied.
     Rms,
+    /// The root of the mean square, rounded once, after the weights are multiplied.
+    RmsOnce,
     /// The standard deviation, after taking the mean away.
     Layer,
 }

@@ -3,15 +3,17 @@
 use super::{
     kv::Kv,
     layers::{Layer, Loader},
+    rope::Rotation,
     spec::{DecoderSpec, Head, Positions, Projection},
     weights::Weights,
 };
 use crate::{
     error::{Error, Result},
-    kernels::{Norm, Ops, Rope, Span, Store, StoreShape},
+    kernels::{Norm, Ops, Span, Store, StoreShape},
     model::{Cache, Context, Feed, Forward, Model, ModelInfo, Start, Values, Want, downcast},
     progress::OnProgress,
 };
+use std::{ops::Range, sync::Arc};
 
 /// A decoder-only model.
 pub(crate) struct Decoder<O: Ops> {
@@ -29,13 +31,16 @@ pub(crate) struct Decoder<O: Ops> {
     /// The embeddings where there is none.
     head: Option<O::Weight>,
     softcap: Option<f32>,
+    /// Lengths past which all tokens of a row are rotated otherwise.
+    crossings: Arc<[usize]>,
 }
 
 /// How tokens are told where they stand.
 enum Place<O: Ops> {
     /// With the number of its vectors that are not used.
     Table(O::Weight, usize),
-    Rope(Rope),
+    /// Rotations, and which of them a layer has.
+    Rope(Vec<Rotation>, Vec<Option<usize>>),
     /// The attention's biases tell.
     Alibi,
 }
@@ -58,7 +63,7 @@ impl<O: Ops> Decoder<O> {
             &Positions::Learned { name, skip, len } => {
                 (Place::Table(loader.matrix(name, skip + len, hidden, None)?, skip), Context::Hard(len))
             }
-            Positions::Rope { rope, trained } => (Place::Rope(rope.clone()), Context::Soft(*trained)),
+            Positions::Rope { rotations, layers, trained } => (Place::Rope(rotations.clone(), layers.clone()), Context::Soft(*trained)),
             Positions::Alibi { trained } => (Place::Alibi, trained.map_or(Context::Unlimited, Context::Soft)),
         };
         loader.report()?;
@@ -74,7 +79,25 @@ impl<O: Ops> Decoder<O> {
         let (shape, info) =
             (spec.shape(), ModelInfo { context, layers: spec.attention.len(), weight_bytes: loader.weight_bytes(), ..info });
         let (embedding_scale, softcap) = (spec.embedding_scale, spec.softcap);
-        Ok(Self { ops, info, shape, embedding, embedding_scale, embedding_norm, projection, positions, layers, norm, head, softcap })
+        let crossings = match &positions {
+            Place::Rope(rotations, _) => rotations.iter().filter_map(Rotation::crossing).collect(),
+            Place::Table(..) | Place::Alibi => Arc::default(),
+        };
+        Ok(Self {
+            ops,
+            info,
+            shape,
+            embedding,
+            embedding_scale,
+            embedding_norm,
+            projection,
+            positions,
+            layers,
+            norm,
+            head,
+            softcap,
+            crossings,
+        })
     }
 
     fn check(&self, tokens: &[u32], cache: &Kv<O::Store>) -> Result<()> {
@@ -112,8 +135,9 @@ impl<O: Ops> Decoder<O> {
         }
     }
 
-    fn embed(&self, ids: &[u32], positions: &[usize]) -> Result<(O::Act, Option<O::Angles>)> {
-        let x = self.ops.embed(&self.embedding, ids)?;
+    /// The tokens of a pass as vectors, and the angles of each rotation.
+    fn embed(&self, pass: &Pass<'_>) -> Result<(O::Act, Vec<O::Angles>)> {
+        let x = self.ops.embed(&self.embedding, &pass.ids)?;
         let x = match self.embedding_scale {
             Some(scale) => self.ops.scale(x, scale)?,
             None => x,
@@ -128,11 +152,19 @@ impl<O: Ops> Decoder<O> {
         };
         match &self.positions {
             Place::Table(table, skip) => {
-                let places: Vec<u32> = positions.iter().map(|&position| (skip + position) as u32).collect();
-                Ok((self.ops.add(x, &self.ops.embed(table, &places)?)?, None))
+                let positions = pass.rows.iter().flat_map(|row| row.positions.clone());
+                let places: Vec<u32> = positions.map(|position| (skip + position) as u32).collect();
+                Ok((self.ops.add(x, &self.ops.embed(table, &places)?)?, Vec::new()))
             }
-            Place::Rope(rope) => Ok((x, Some(self.ops.angles(rope, positions)?))),
-            Place::Alibi => Ok((x, None)),
+            Place::Rope(rotations, _) => {
+                let angles = |rotation: &Rotation| {
+                    let ropes: Vec<_> = pass.rows.iter().map(|row| rotation.at(row.reach)).collect();
+                    let turns: Vec<_> = ropes.iter().zip(&pass.rows).map(|(rope, row)| (&**rope, row.positions.clone())).collect();
+                    self.ops.angles(&turns)
+                };
+                Ok((x, rotations.iter().map(angles).collect::<Result<_>>()?))
+            }
+            Place::Alibi => Ok((x, Vec::new())),
         }
     }
 
@@ -144,16 +176,25 @@ impl<O: Ops> Decoder<O> {
         }
     }
 
+    /// Which rotation a layer has.
+    fn rotation(&self, layer: usize) -> Option<usize> {
+        match &self.positions {
+            Place::Rope(_, layers) => layers.get(layer).copied().flatten(),
+            Place::Table(..) | Place::Alibi => None,
+        }
+    }
+
     /// Runs a pass and returns what is wanted of it.
     fn compute(&self, pass: &Pass<'_>, rows: &mut [Span<'_, O::Store>]) -> Result<Forward> {
         let ops = &self.ops;
-        let (mut x, angles) = self.embed(&pass.ids, &pass.positions)?;
+        let (mut x, angles) = self.embed(pass)?;
         let mut early = Vec::new();
         for (index, layer) in self.layers.iter().enumerate() {
             if let Want::Layers(layers) = pass.want {
                 early.extend(layers.iter().filter(|&&wanted| wanted == index).map(|_| ops.select(&x, &pass.read)));
             }
-            let mut mixed = layer.attend(ops, index, &x, angles.as_ref(), rows)?;
+            let angles = self.rotation(index).and_then(|rotation| angles.get(rotation));
+            let mut mixed = layer.attend(ops, index, &x, angles, rows)?;
             if index + 1 == self.layers.len() {
                 // The caches are complete: from here on only tokens that something is wanted of matter.
                 if pass.want == Want::Nothing {
@@ -175,6 +216,7 @@ impl<O: Ops> Decoder<O> {
         match pass.want {
             Want::Hidden => {
                 let logits = ops.logits(head, &ops.select(&x, &pass.read)?, self.softcap)?;
+                let x = if pass.new.len() < pass.ids.len() { ops.select(&x, &pass.new)? } else { x };
                 Ok(Forward { logits, hidden: ops.values(x)? })
             }
             Want::Layers(_) => {
@@ -191,13 +233,22 @@ impl<O: Ops> Decoder<O> {
     }
 }
 
-/// The new tokens of a pass, all rows' one after another.
+/// The tokens of a pass, all rows' one after another: the new ones and, in rows that are computed anew, those before them.
 struct Pass<'a> {
     ids: Vec<u32>,
-    positions: Vec<usize>,
+    rows: Vec<Row>,
     want: Want<'a>,
     /// The indices of the tokens whose logits are wanted.
     read: Vec<usize>,
+    /// The indices of the new tokens.
+    new: Vec<usize>,
+}
+
+/// Where the tokens of a row stand.
+struct Row {
+    positions: Range<usize>,
+    /// The length that decides how they are rotated.
+    reach: usize,
 }
 
 impl<O: Ops> Model for Decoder<O> {
@@ -206,28 +257,46 @@ impl<O: Ops> Model for Decoder<O> {
     }
 
     fn start(&self, rows: &[Start<'_>]) -> Result<Vec<Box<dyn Cache>>> {
-        let start = |row: &Start<'_>| Ok(Box::new(Kv::new(self.ops.store(self.shape, row.room)?, self.shape, row.room)) as Box<dyn Cache>);
+        let start = |row: &Start<'_>| {
+            let store = self.ops.store(self.shape, row.room)?;
+            Ok(Box::new(Kv::new(store, self.shape, row, self.crossings.clone())) as Box<dyn Cache>)
+        };
         rows.iter().map(start).collect()
     }
 
     fn forward(&self, rows: &mut [Feed<'_>], want: Want<'_>) -> Result<Forward> {
         self.wanted(want, rows.len())?;
-        let mut pass = Pass { ids: Vec::new(), positions: Vec::new(), want, read: Vec::new() };
-        let mut spans = Vec::with_capacity(rows.len());
-        for (index, Feed { tokens, cache }) in rows.iter_mut().enumerate() {
+        // HF: a row whose angles change is computed anew from its first token, as Phi-3 does in the reference. Other families there
+        // go on with keys that were rotated for short rows.
+        let mut anew = Vec::with_capacity(rows.len());
+        for Feed { tokens, cache } in rows.iter_mut() {
             let cache = downcast::<Kv<O::Store>>(&mut **cache)?;
             self.check(tokens, cache)?;
-            let (first, count, len) = (pass.ids.len(), tokens.len(), cache.store.len());
+            anew.push(if cache.stale(tokens.len()) { Some(self.ops.store(self.shape, cache.room)?) } else { None });
+        }
+        let mut pass = Pass { ids: Vec::new(), rows: Vec::with_capacity(rows.len()), want, read: Vec::new(), new: Vec::new() };
+        let mut spans = Vec::with_capacity(rows.len());
+        for (index, (Feed { tokens, cache }, anew)) in rows.iter_mut().zip(&mut anew).enumerate() {
+            let cache = downcast::<Kv<O::Store>>(&mut **cache)?;
+            let (reach, count) = (cache.reach(tokens.len()), tokens.len());
+            let (held, store) = match anew {
+                Some(store) => (&cache.tokens[..], store),
+                None => (&[][..], &mut cache.store),
+            };
+            let (first, len) = (pass.ids.len(), store.len());
+            pass.ids.extend_from_slice(held);
             pass.ids.extend_from_slice(tokens);
-            pass.positions.extend(len..len + count);
+            let end = pass.ids.len();
+            pass.rows.push(Row { positions: len..len + end - first, reach });
             let read = match want {
                 Want::Nothing => 0,
                 Want::Last | Want::Hidden | Want::Layers(_) => 1,
                 Want::All => count,
                 Want::Each(counts) => counts[index].min(count),
             };
-            pass.read.extend(first + count - read..first + count);
-            spans.push(Span { first, count, store: &mut cache.store });
+            pass.read.extend(end - read..end);
+            pass.new.extend(end - count..end);
+            spans.push(Span { first, count: end - first, store });
         }
         if pass.ids.is_empty() {
             return Ok(Forward::default());
@@ -235,8 +304,13 @@ impl<O: Ops> Model for Decoder<O> {
 
         let forward = self.ops.pass(|| self.compute(&pass, &mut spans))?;
         // Only now, so that a pass that fails leaves every cache as it was.
-        for span in spans {
-            span.store.grow(span.count);
+        for (Feed { tokens, cache }, anew) in rows.iter_mut().zip(anew) {
+            let cache = downcast::<Kv<O::Store>>(&mut **cache)?;
+            let anew = anew.map(|mut store| {
+                store.grow(cache.tokens.len() + tokens.len());
+                store
+            });
+            cache.grow(tokens, anew);
         }
         Ok(forward)
     }

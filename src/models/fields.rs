@@ -101,6 +101,14 @@ impl Fields {
         self.parse_positive(name, self.map.get(name).unwrap_or(&Value::Null))
     }
 
+    /// A list of `count` numbers above zero.
+    pub fn positives(&self, name: &str, count: usize) -> Result<Vec<f64>> {
+        let value = self.map.get(name).unwrap_or(&Value::Null);
+        let list = value.as_array().filter(|list| list.len() == count);
+        let list = list.ok_or_else(|| self.error(name, value, &format!("a list of {count} numbers is accepted")))?;
+        list.iter().map(|value| self.parse_positive(name, value)).collect()
+    }
+
     /// True or false.
     pub fn flag(&self, name: &str, default: bool) -> Result<bool> {
         match self.map.get(name) {

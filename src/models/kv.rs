@@ -1,10 +1,11 @@
-//! The cache of a decoder's row: its keys and values, and how many positions they may take.
+//! The cache of a decoder's row: its keys and values, how many positions they may take, and when they have to be written anew.
 
 use crate::{
     error::{Error, Result},
     kernels::{Store, StoreShape},
-    model::{Cache, Room},
+    model::{Cache, Room, Start},
 };
+use std::sync::Arc;
 
 /// Keys and values of one row.
 #[derive(Clone)]
@@ -12,12 +13,20 @@ pub(crate) struct Kv<S> {
     pub store: S,
     /// The shape the store was made for, by which a cache of another model is told.
     pub shape: StoreShape,
-    room: Room,
+    pub room: Room,
+    /// The ids held, where the model has crossings: a row that crosses one is computed from the beginning.
+    pub tokens: Vec<u32>,
+    /// Lengths past which all keys of a row are rotated otherwise.
+    crossings: Arc<[usize]>,
+    /// Positions that the row is known to reach.
+    ahead: usize,
+    /// The length for which the keys held were rotated.
+    written: usize,
 }
 
 impl<S: Store> Kv<S> {
-    pub fn new(store: S, shape: StoreShape, room: Room) -> Self {
-        Self { store, shape, room }
+    pub fn new(store: S, shape: StoreShape, start: &Start<'_>, crossings: Arc<[usize]>) -> Self {
+        Self { store, shape, room: start.room, tokens: Vec::new(), crossings, ahead: start.len, written: 0 }
     }
 
     /// Refuses `count` further positions that were not reserved.
@@ -28,6 +37,30 @@ impl<S: Store> Kv<S> {
                 Err(Error::config("max_cache_len", reserved, format!("the row needs {needed} positions; at least that many are accepted")))
             }
             _ => Ok(()),
+        }
+    }
+
+    /// The length by which `count` further tokens are rotated: the row's with them, or what it is known to reach.
+    pub fn reach(&self, count: usize) -> usize {
+        self.ahead.max(self.store.len() + count)
+    }
+
+    /// Whether the keys held are rotated otherwise than `count` further tokens will be. A row crosses a length upwards by growing,
+    /// and downwards when it goes on after a truncation.
+    pub fn stale(&self, count: usize) -> bool {
+        let len = self.reach(count);
+        self.store.len() > 0 && self.crossings.iter().any(|&crossing| (self.written > crossing) != (len > crossing))
+    }
+
+    /// Takes account of `tokens`, which every layer has now written: to the store, or with all that came before to `anew`.
+    pub fn grow(&mut self, tokens: &[u32], anew: Option<S>) {
+        self.written = self.reach(tokens.len());
+        match anew {
+            Some(store) => self.store = store,
+            None => self.store.grow(tokens.len()),
+        }
+        if !self.crossings.is_empty() {
+            self.tokens.extend_from_slice(tokens);
         }
     }
 }
@@ -44,7 +77,11 @@ impl<S: Store> Cache for Kv<S> {
     fn truncate(&mut self, len: usize) -> Result<()> {
         match self.len() {
             held if held < len => Err(Error::Unsupported(format!("a cache of {held} positions cannot be cut to {len}"))),
-            _ => self.store.truncate(len),
+            _ => {
+                self.ahead = self.ahead.min(len);
+                self.tokens.truncate(len);
+                self.store.truncate(len)
+            }
         }
     }
 }

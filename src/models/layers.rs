@@ -1,7 +1,7 @@
 //! One layer of the decoder, and how the parts of a model are taken from a checkpoint.
 
 use super::{
-    spec::{self, DecoderSpec, Layout, Linear, NormKind, Qkv, Residual},
+    spec::{self, DecoderSpec, Extent, Layout, Linear, NormKind, Qkv, Residual},
     weights::Weights,
 };
 use crate::{
@@ -16,6 +16,8 @@ pub(crate) struct Layer<O: Ops> {
     residual: Residual<Norm<O::Vector>>,
     /// Queries, keys and values stacked, so that they are one product.
     qkv: O::Weight,
+    /// Of queries and keys, each with its first column and the columns that it takes together.
+    qk_norms: Vec<(Norm<O::Vector>, usize, usize)>,
     out: O::Weight,
     mlp: Mlp<O>,
 }
@@ -42,9 +44,12 @@ impl<O: Ops> Layer<O> {
             | Residual::PrePost { attention: [attention, _], .. }
             | Residual::Normed { attention, .. }
             | Residual::Parallel { attention, .. } => Some(ops.norm(attention, x)?),
-            Residual::Post { .. } => None,
+            Residual::Post { .. } | Residual::Summed { .. } => None,
         };
-        let qkv = ops.linear(&self.qkv, normed.as_ref().unwrap_or(x))?;
+        let mut qkv = ops.linear(&self.qkv, normed.as_ref().unwrap_or(x))?;
+        for (norm, first, group) in &self.qk_norms {
+            qkv = ops.norm_part(norm, qkv, *first, *group)?;
+        }
         ops.attend(&self.attention, index, qkv, angles, rows)
     }
 
@@ -55,36 +60,43 @@ impl<O: Ops> Layer<O> {
         match &self.residual {
             Residual::Pre { mlp, .. } => {
                 let x = ops.add(x, &y)?;
-                let y = self.mlp(ops, &ops.norm(mlp, &x)?)?;
+                let y = self.mlp.compute(ops, &ops.norm(mlp, &x)?)?;
                 ops.add(x, &y)
+            }
+            Residual::Post { attention, mlp } => {
+                let x = ops.add(x, &ops.norm(attention, &y)?)?;
+                let y = self.mlp.compute(ops, &x)?;
+                ops.add(x, &ops.norm(mlp, &y)?)
             }
             Residual::PrePost { attention: [_, attention], mlp: [before, after] } => {
                 let x = ops.add(x, &ops.norm(attention, &y)?)?;
-                let y = self.mlp(ops, &ops.norm(before, &x)?)?;
+                let y = self.mlp.compute(ops, &ops.norm(before, &x)?)?;
                 ops.add(x, &ops.norm(after, &y)?)
             }
-            Residual::Post { attention, mlp } => {
+            Residual::Summed { attention, mlp } => {
                 let x = ops.norm(attention, &ops.add(x, &y)?)?;
-                let y = self.mlp(ops, &x)?;
+                let y = self.mlp.compute(ops, &x)?;
                 ops.norm(mlp, &ops.add(x, &y)?)
             }
             Residual::Normed { attention, mlp } => {
                 let x = ops.add(ops.norm(attention, &x)?, &y)?;
                 let x = ops.norm(mlp, &x)?;
-                let y = self.mlp(ops, &x)?;
+                let y = self.mlp.compute(ops, &x)?;
                 ops.add(x, &y)
             }
             Residual::Parallel { attention, mlp } => {
-                let z = self.mlp(ops, &ops.norm(mlp.as_ref().unwrap_or(attention), &x)?)?;
+                let z = self.mlp.compute(ops, &ops.norm(mlp.as_ref().unwrap_or(attention), &x)?)?;
                 ops.add(x, &ops.add(z, &y)?)
             }
         }
     }
+}
 
-    fn mlp(&self, ops: &O, x: &O::Act) -> Result<O::Act> {
-        match &self.mlp {
-            Mlp::Plain { up, activation, down } => ops.linear(down, &ops.activate(*activation, ops.linear(up, x)?)?),
-            Mlp::Gated { gate_up, activation, down } => ops.linear(down, &ops.gate(*activation, ops.linear(gate_up, x)?)?),
+impl<O: Ops> Mlp<O> {
+    fn compute(&self, ops: &O, x: &O::Act) -> Result<O::Act> {
+        match self {
+            Self::Plain { up, activation, down } => ops.linear(down, &ops.activate(*activation, ops.linear(up, x)?)?),
+            Self::Gated { gate_up, activation, down } => ops.linear(down, &ops.gate(*activation, ops.linear(gate_up, x)?)?),
         }
     }
 }
@@ -148,6 +160,7 @@ impl<'a, O: Ops> Loader<'a, O> {
             attention: attention.clone(),
             residual: spec.residual.try_map(|norm| self.norm(&name(norm)))?,
             qkv,
+            qk_norms: self.qk_norms(name, attention)?,
             out: self.stack(name, &[(spec.out, spec.hidden)], width)?,
             mlp,
         })
@@ -162,22 +175,40 @@ impl<'a, O: Ops> Loader<'a, O> {
     }
 
     pub fn norm(&self, name: &str) -> Result<Norm<O::Vector>> {
-        let spec::Norm { kind, eps } = self.spec.norm;
-        if kind == NormKind::LayerBare {
-            let weight = self.ops.vector(&vec![1.0; self.spec.hidden])?;
-            return Ok(Norm { kind: kernels::NormKind::Layer, weight, bias: None, eps });
-        }
-        let mut weight = self.weights.vector(&format!("{name}.weight"), self.spec.hidden)?;
+        self.norm_of(self.spec.norm, &[name.to_owned()], self.spec.hidden, 1)
+    }
+
+    fn qk_norms(&self, name: impl Fn(&str) -> String, attention: &Attention) -> Result<Vec<(Norm<O::Vector>, usize, usize)>> {
+        let Some(spec::QkNorm { query, key, norm, extent }) = self.spec.qk_norm else { return Ok(Vec::new()) };
+        let Attention { heads, kv_heads, head_dim, .. } = *attention;
+        let part = |part, first: usize, heads: usize| -> Result<_> {
+            let name = name(part);
+            let (names, group, times) = match extent {
+                Extent::Head => (vec![name], head_dim, heads),
+                Extent::OwnHead => ((0..heads).map(|head| format!("{name}.{head}")).collect(), head_dim, 1),
+                Extent::Token => (vec![name], heads * head_dim, 1),
+            };
+            Ok((self.norm_of(norm, &names, group, times)?, first * head_dim, group))
+        };
+        Ok(vec![part(query, 0, heads)?, part(key, heads, kv_heads)?])
+    }
+
+    /// The parameters of norms of `len` values one after another, and that `times` times.
+    fn norm_of(&self, spec::Norm { kind, eps }: spec::Norm, names: &[String], len: usize, times: usize) -> Result<Norm<O::Vector>> {
+        let all = |part: &str| -> Result<Vec<f32>> {
+            let parts: Vec<_> = names.iter().map(|name| self.weights.vector(&format!("{name}.{part}"), len)).collect::<Result<_>>()?;
+            Ok(parts.concat().repeat(times))
+        };
+        let mut weight = if kind == NormKind::LayerBare { vec![1.0; names.len() * len * times] } else { all("weight")? };
         if kind == NormKind::RmsPlusOne {
             weight.iter_mut().for_each(|value| *value += 1.0);
         }
         let (kind, bias) = match kind {
-            NormKind::Rms | NormKind::RmsPlusOne => (kernels::NormKind::Rms, None),
-            NormKind::Layer | NormKind::LayerBare => {
-                (kernels::NormKind::Layer, Some(self.weights.vector(&format!("{name}.bias"), self.spec.hidden)?))
-            }
+            NormKind::Rms => (kernels::NormKind::Rms, None),
+            NormKind::RmsOnce | NormKind::RmsPlusOne => (kernels::NormKind::RmsOnce, None),
+            NormKind::Layer => (kernels::NormKind::Layer, Some(self.ops.vector(&all("bias")?)?)),
+            NormKind::LayerUnbiased | NormKind::LayerBare => (kernels::NormKind::Layer, None),
         };
-        let bias = bias.map(|bias| self.ops.vector(&bias)).transpose()?;
         Ok(Norm { kind, weight: self.ops.vector(&weight)?, bias, eps })
     }
 

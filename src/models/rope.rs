@@ -5,44 +5,130 @@ use crate::{
     error::{Error, Result},
     kernels::Rope,
 };
-use std::f64::consts::PI;
+use std::{borrow::Cow, f64::consts::PI};
 
-const KNOWN: &str = "default, linear, llama3, yarn";
+const KNOWN: &str = "default, linear, dynamic, llama3, yarn, longrope";
 
-/// The rotation of heads of `head_dim` dimensions in a model made for `trained` positions.
-pub(crate) fn rope(config: &Fields, head_dim: usize, trained: usize) -> Result<Rope> {
-    if !head_dim.is_multiple_of(2) {
-        return Err(config.error("head_dim", head_dim, "rotary positions need an even number of dimensions"));
+/// How the heads of a layer are rotated.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Rotation {
+    /// The same in every row.
+    Fixed(Rope),
+    /// Rows longer than `trained` turn more slowly the longer they are. What a token wrote into the cache stays as it was written.
+    Dynamic { short: Rope, theta: f64, factor: f64, dim: usize, trained: usize },
+    /// Rows longer than `original` turn by `long`, all their tokens: the cache of a row that crosses the length is written anew.
+    Long { short: Rope, long: Rope, original: usize },
+}
+
+impl Rotation {
+    /// The rotation of new tokens of a row that has `len` positions with them.
+    pub fn at(&self, len: usize) -> Cow<'_, Rope> {
+        match self {
+            Self::Fixed(rope) => Cow::Borrowed(rope),
+            Self::Dynamic { short, theta, factor, dim, trained } if len > *trained => {
+                let stretch = *factor as f32 * len as f32 / *trained as f32 - (factor - 1.0) as f32;
+                let power = f64::from(stretch).powf(f64::from((*dim as f64 / (*dim as f64 - 2.0)) as f32));
+                Cow::Owned(Rope { inv_freq: inv_freq(f64::from(*theta as f32 * power as f32), *dim), scale: short.scale })
+            }
+            Self::Dynamic { short, .. } => Cow::Borrowed(short),
+            Self::Long { short, long, original } => Cow::Borrowed(if len > *original { long } else { short }),
+        }
     }
+
+    /// The length past which all tokens of a row turn otherwise.
+    pub fn crossing(&self) -> Option<usize> {
+        match self {
+            Self::Fixed(_) | Self::Dynamic { .. } => None,
+            Self::Long { original, .. } => Some(*original),
+        }
+    }
+}
+
+/// What a family says of its rotation.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Heads {
+    /// Dimensions of a head.
+    pub dim: usize,
+    /// The share of them that turns where `config.json` names none; if none, all of them turn whatever it names.
+    pub partial: Option<f64>,
+    pub theta: f64,
+    /// The positions that the model was made for.
+    pub trained: usize,
+    /// Those before they were stretched, where they are not told and yet not `trained`.
+    pub original: Option<usize>,
+}
+
+/// The rotation that `config.json` asks for.
+pub(crate) fn rope(config: &Fields, heads: Heads) -> Result<Rotation> {
     // HF: 4.x writes `rope_theta` beside `rope_scaling`, 5.x both into `rope_parameters`. The reference reads all forms, in this order.
-    let nested = match config.object("rope_scaling")? {
+    let fields = match config.object("rope_scaling")? {
         Some(fields) => Some(fields),
         None => config.object("rope_parameters")?,
     };
-    let fields = nested.as_ref().unwrap_or(config);
-    let theta = fields.positive("rope_theta", config.positive("rope_theta", 10_000.0)?)?;
-    let inv_freq = inv_freq(theta, head_dim);
-    let Some(fields) = nested else {
-        return Ok(Rope { inv_freq, scale: 1.0 });
+    let partial = match heads.partial {
+        Some(partial) => Some(config.positive("partial_rotary_factor", partial)?),
+        None => None,
+    };
+    rotation(config, fields.as_ref(), Heads { theta: config.positive("rope_theta", heads.theta)?, partial, ..heads })
+}
+
+/// The rotation that `fields`, a part of `config`, ask for.
+pub(crate) fn rotation(config: &Fields, fields: Option<&Fields>, heads: Heads) -> Result<Rotation> {
+    let Heads { trained, .. } = heads;
+    let inner = fields.unwrap_or(config);
+    let theta = inner.positive("rope_theta", heads.theta)?;
+    let dim = match heads.partial {
+        Some(partial) => (heads.dim as f64 * inner.positive("partial_rotary_factor", partial)?) as usize,
+        None => heads.dim,
+    };
+    // HF: an odd number of dimensions is rounded up to whole pairs.
+    if dim == 0 || dim.next_multiple_of(2) > heads.dim {
+        return Err(config.error(
+            "head_dim",
+            heads.dim,
+            &format!("rotary positions cannot turn {dim} dimensions of a head, only whole pairs"),
+        ));
+    }
+    let plain = Rope { inv_freq: inv_freq(theta, dim), scale: 1.0 };
+    let Some(fields) = fields else {
+        return Ok(Rotation::Fixed(plain));
     };
     if fields.has("full_attention") || fields.has("sliding_attention") {
         return Err(Error::Unsupported("rope_parameters for each layer type".into()));
     }
     let original = || {
         // HF: a field beside the rope's own comes first, as Phi-3 has it.
-        let inner = fields.size("original_max_position_embeddings", trained, WIDTH)?;
+        let inner = match heads.original {
+            Some(original) => original,
+            None => fields.size("original_max_position_embeddings", trained, WIDTH)?,
+        };
         config.size("original_max_position_embeddings", inner, WIDTH)
     };
-    match fields.text("rope_type", fields.text("type", "default")?)? {
-        "default" => Ok(Rope { inv_freq, scale: 1.0 }),
+    Ok(match fields.text("rope_type", fields.text("type", "default")?)? {
+        "default" => Rotation::Fixed(plain),
         "linear" => {
             let factor = fields.required_positive("factor")? as f32;
-            Ok(Rope { inv_freq: inv_freq.iter().map(|freq| freq / factor).collect(), scale: 1.0 })
+            Rotation::Fixed(Rope { inv_freq: plain.inv_freq.iter().map(|freq| freq / factor).collect(), scale: 1.0 })
         }
-        "llama3" => Ok(Rope { inv_freq: llama3(&fields, &inv_freq, original()? as f64)?, scale: 1.0 }),
-        "yarn" => yarn(&fields, theta, head_dim, trained as f64, original()? as f64),
-        other => Err(Error::Unsupported(format!("rope_type {other:?}; known: {KNOWN}"))),
-    }
+        "dynamic" => {
+            if dim <= 2 {
+                return Err(config.error("head_dim", heads.dim, "rope_type \"dynamic\" needs more than 2 dimensions that turn"));
+            }
+            Rotation::Dynamic { short: plain, theta, factor: at_least_one(fields)?, dim, trained }
+        }
+        "llama3" => Rotation::Fixed(Rope { inv_freq: llama3(fields, &plain.inv_freq, original()? as f64)?, scale: 1.0 }),
+        // HF: Phi-3's first configs call it "su", or "yarn" with longrope's factors.
+        "longrope" | "su" => longrope(fields, theta, dim, trained, original()?)?,
+        "yarn" if fields.has("short_factor") => longrope(fields, theta, dim, trained, original()?)?,
+        "yarn" => Rotation::Fixed(yarn(fields, theta, dim, trained as f64, original()? as f64)?),
+        other => return Err(Error::Unsupported(format!("rope_type {other:?}; known: {KNOWN}"))),
+    })
+}
+
+/// A stretch below 1 would take the dynamic base below zero.
+fn at_least_one(fields: &Fields) -> Result<f64> {
+    let factor = fields.required_positive("factor")?;
+    if factor >= 1.0 { Ok(factor) } else { Err(fields.error("factor", factor, "a number from 1 is accepted")) }
 }
 
 /// `theta^(2i / dim)` of each pair, rounded where the reference's f32 arithmetic rounds; the power itself in f64, so that
@@ -111,19 +197,40 @@ fn yarn(fields: &Fields, theta: f64, dim: usize, trained: f64, original: f64) ->
     Ok(Rope { inv_freq: powers(theta, dim).enumerate().map(blend).collect(), scale: scale as f32 })
 }
 
+/// LongRoPE, <https://arxiv.org/abs/2402.13753>: each pair is stretched by a number of its own, another one in long rows.
+fn longrope(fields: &Fields, theta: f64, dim: usize, trained: usize, original: usize) -> Result<Rotation> {
+    let factor = fields.optional_positive("factor", None)?.unwrap_or(trained as f64 / original as f64);
+    let scale = match fields.optional_positive("attention_factor", None)? {
+        Some(scale) => scale,
+        None if factor <= 1.0 => 1.0,
+        None if original < 2 => {
+            return Err(fields.error("original_max_position_embeddings", original, "longrope needs at least 2"));
+        }
+        None => (1.0 + factor.ln() / (original as f64).ln()).sqrt(),
+    };
+    let set = |name| -> Result<Rope> {
+        let stretch = fields.positives(name, dim.div_ceil(2))?;
+        let inv_freq = powers(theta, dim).zip(stretch).map(|(power, stretch)| 1.0 / (stretch as f32 * power)).collect();
+        Ok(Rope { inv_freq, scale: scale as f32 })
+    };
+    Ok(Rotation::Long { short: set("short_factor")?, long: set("long_factor")?, original })
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use serde_json::{Value, json};
 
-    fn of(config: Value) -> Result<Rope> {
-        rope(&Fields::new(config.as_object().unwrap().clone()), 8, 64)
+    const HEADS: Heads = Heads { dim: 8, partial: None, theta: 10_000.0, trained: 64, original: None };
+
+    fn of(config: Value) -> Result<Rotation> {
+        rope(&Fields::new(config.as_object().unwrap().clone()), HEADS)
     }
 
     #[track_caller]
     fn is(config: Value, inv_freq: [f32; 4], scale: f32) {
-        assert_eq!(of(config).unwrap(), Rope { inv_freq: inv_freq.to_vec(), scale });
+        assert_eq!(of(config).unwrap(), Rotation::Fixed(Rope { inv_freq: inv_freq.to_vec(), scale }));
     }
 
     // Expected values are those of transformers 5.23.0 on these configs, with heads of 8 dimensions.
@@ -170,7 +277,7 @@ mod tests {
         let message = |config| of(config).unwrap_err().to_string();
         assert_eq!(
             message(json!({"rope_scaling": {"type": "spiral", "factor": 2.0}})),
-            r#"unsupported: rope_type "spiral"; known: default, linear, llama3, yarn"#
+            r#"unsupported: rope_type "spiral"; known: default, linear, dynamic, llama3, yarn, longrope"#
         );
         assert_eq!(
             message(json!({"rope_scaling": {"type": "linear"}})),
@@ -185,6 +292,6 @@ mod tests {
         assert!(of(json!({"rope_scaling": fields})).is_err());
         fields["high_freq_factor"] = json!(5.0);
         assert!(of(json!({"rope_scaling": fields})).is_ok());
-        assert!(rope(&Fields::new(Default::default()), 7, 64).is_err());
+        assert!(rope(&Fields::new(Default::default()), Heads { dim: 7, ..HEADS }).is_err());
     }
 }

@@ -1,8 +1,9 @@
 //! An architecture as data: all in which decoder-only families differ.
 
+use super::rope::Rotation;
 use crate::{
     error::Result,
-    kernels::{Activation, Attention, Rope, StoreShape},
+    kernels::{Activation, Attention, StoreShape},
 };
 
 /// What a family's decoder is made of. Names are those of the checkpoint's tensors, without `.weight` and `.bias`.
@@ -29,6 +30,8 @@ pub(crate) struct DecoderSpec {
     /// How projections are stored.
     pub layout: Layout,
     pub qkv: Qkv,
+    /// Normalises queries and keys before they are rotated.
+    pub qk_norm: Option<QkNorm>,
     pub out: Linear,
     pub mlp: Mlp,
     pub norm: Norm,
@@ -57,8 +60,8 @@ impl DecoderSpec {
 pub(crate) enum Positions {
     /// A table of `skip + len` vectors, added to the embeddings; the first `skip` are not used.
     Learned { name: &'static str, skip: usize, len: usize },
-    /// Queries and keys are rotated; trained on `trained` positions.
-    Rope { rope: Rope, trained: usize },
+    /// Queries and keys are rotated: those of layer `i` by the rotation `layers[i]`, if it has one. Trained on `trained` positions.
+    Rope { rotations: Vec<Rotation>, layers: Vec<Option<usize>>, trained: usize },
     /// By the attention's biases alone; trained on `trained` positions, if the config says so.
     Alibi { trained: Option<usize> },
 }
@@ -98,6 +101,26 @@ pub(crate) enum Qkv {
     Grouped(Linear),
 }
 
+/// The norms of queries and keys.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct QkNorm {
+    pub query: &'static str,
+    pub key: &'static str,
+    pub norm: Norm,
+    pub extent: Extent,
+}
+
+/// What a norm of queries or keys takes together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Extent {
+    /// Each head, all heads with the same weights.
+    Head,
+    /// Each head, with weights of its own: the head's number follows the name.
+    OwnHead,
+    /// All heads of a token.
+    Token,
+}
+
 /// The feed-forward part of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mlp {
@@ -119,10 +142,14 @@ pub(crate) struct Norm {
 pub(crate) enum NormKind {
     /// `x / rms(x) * w`
     Rms,
-    /// `x / rms(x) * (1 + w)`
+    /// `x / rms(x) * w`, in half precision rounded once
+    RmsOnce,
+    /// `x / rms(x) * (1 + w)`, in half precision rounded once
     RmsPlusOne,
     /// `(x - mean(x)) / std(x) * w + b`
     Layer,
+    /// `(x - mean(x)) / std(x) * w`
+    LayerUnbiased,
     /// `(x - mean(x)) / std(x)`
     LayerBare,
 }
@@ -133,10 +160,12 @@ pub(crate) enum NormKind {
 pub(crate) enum Residual<N = &'static str> {
     /// `x + f(norm(x))`
     Pre { attention: N, mlp: N },
+    /// `x + norm(f(x))`
+    Post { attention: N, mlp: N },
     /// `x + norm(f(norm(x)))`; pairs are the norms before and after.
     PrePost { attention: [N; 2], mlp: [N; 2] },
     /// `norm(x + f(x))`
-    Post { attention: N, mlp: N },
+    Summed { attention: N, mlp: N },
     /// `norm(x) + f(norm(x))`
     Normed { attention: N, mlp: N },
     /// `x + attention(norm(x)) + mlp(norm(x))`; one norm may serve both.
@@ -150,6 +179,7 @@ impl<N> Residual<N> {
             Self::Pre { attention, mlp } => Residual::Pre { attention: f(attention)?, mlp: f(mlp)? },
             Self::PrePost { attention: [a, b], mlp: [c, d] } => Residual::PrePost { attention: [f(a)?, f(b)?], mlp: [f(c)?, f(d)?] },
             Self::Post { attention, mlp } => Residual::Post { attention: f(attention)?, mlp: f(mlp)? },
+            Self::Summed { attention, mlp } => Residual::Summed { attention: f(attention)?, mlp: f(mlp)? },
             Self::Normed { attention, mlp } => Residual::Normed { attention: f(attention)?, mlp: f(mlp)? },
             Self::Parallel { attention, mlp } => Residual::Parallel { attention: f(attention)?, mlp: mlp.map(f).transpose()? },
         })

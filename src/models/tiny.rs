@@ -4,7 +4,7 @@
 use super::{
     families,
     fields::Fields,
-    spec::{DecoderSpec, Head, Layout, Linear, Mlp, NormKind, Positions, Projection, Qkv},
+    spec::{DecoderSpec, Extent, Head, Layout, Linear, Mlp, Norm, NormKind, Positions, Projection, QkNorm, Qkv},
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -14,7 +14,7 @@ use std::{collections::BTreeMap, path::Path};
 use tempfile::TempDir;
 
 /// One of each family, and of each variant that is computed differently.
-pub(crate) const FAMILIES: [&str; 17] = [
+pub(crate) const FAMILIES: [&str; 19] = [
     "gpt2",
     "gpt_neox",
     "gpt_neox-serial",
@@ -26,8 +26,10 @@ pub(crate) const FAMILIES: [&str; 17] = [
     "falcon-new",
     "falcon-alibi",
     "phi",
+    "phi-norms",
     "stablelm",
     "stablelm-parallel",
+    "stablelm-norms",
     "starcoder2",
     "llama",
     "qwen2",
@@ -61,6 +63,7 @@ pub(crate) fn config(family: &str) -> Value {
         ("falcon", "new") => json!({"new_decoder_architecture": true, "num_kv_heads": 2}),
         ("falcon", "alibi") => json!({"alibi": true, "multi_query": false, "parallel_attn": false, "bias": true}),
         ("stablelm", "parallel") => json!({"use_parallel_residual": true, "use_qkv_bias": true}),
+        ("phi" | "stablelm", "norms") => json!({"qk_layernorm": true}),
         _ => json!({}),
     };
     config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
@@ -90,7 +93,7 @@ pub(crate) fn tensors(config: &Value) -> Tensors {
     let table = |name: &str| format!("{}{name}.weight", spec.base);
     random.add(table(spec.embedding), vec![spec.vocab, spec.outer()]);
     if let Some(name) = spec.embedding_norm {
-        random.norm(&spec, &format!("{}{name}", spec.base));
+        random.norm(spec.norm, &format!("{}{name}", spec.base), spec.hidden);
     }
     if let Some(Projection { width, inward, outward }) = spec.projection {
         random.add(table(inward), vec![spec.hidden, width]);
@@ -103,7 +106,7 @@ pub(crate) fn tensors(config: &Value) -> Tensors {
         random.layer(&spec, index);
     }
     if let Some(name) = spec.final_norm {
-        random.norm(&spec, &format!("{}{name}", spec.base));
+        random.norm(spec.norm, &format!("{}{name}", spec.base), spec.hidden);
     }
     if let Head::Own(Linear { name, bias }) = spec.head {
         random.add(format!("{name}.weight"), vec![spec.vocab, spec.outer()]);
@@ -140,13 +143,13 @@ impl Random {
         self.tensors.insert(name, (shape, values));
     }
 
-    fn norm(&mut self, spec: &DecoderSpec, name: &str) {
-        if spec.norm.kind == NormKind::LayerBare {
+    fn norm(&mut self, norm: Norm, name: &str, width: usize) {
+        if norm.kind == NormKind::LayerBare {
             return;
         }
-        self.add(format!("{name}.weight"), vec![spec.hidden]);
-        if spec.norm.kind == NormKind::Layer {
-            self.add(format!("{name}.bias"), vec![spec.hidden]);
+        self.add(format!("{name}.weight"), vec![width]);
+        if norm.kind == NormKind::Layer {
+            self.add(format!("{name}.bias"), vec![width]);
         }
     }
 
@@ -174,7 +177,17 @@ impl Random {
                 self.add(format!("{prefix}{name}.bias"), vec![outputs]);
             }
         }
-        let norm = |norm| Ok(self.norm(spec, &format!("{prefix}{norm}")));
+        if let Some(QkNorm { query, key, norm, extent }) = spec.qk_norm {
+            for (name, heads) in [(query, attention.heads), (key, attention.kv_heads)] {
+                let (name, dim) = (format!("{prefix}{name}"), attention.head_dim);
+                match extent {
+                    Extent::Head => self.norm(norm, &name, dim),
+                    Extent::OwnHead => (0..heads).for_each(|head| self.norm(norm, &format!("{name}.{head}"), dim)),
+                    Extent::Token => self.norm(norm, &name, heads * dim),
+                }
+            }
+        }
+        let norm = |norm| Ok(self.norm(spec.norm, &format!("{prefix}{norm}"), spec.hidden));
         spec.residual.try_map(norm).unwrap();
     }
 }

@@ -366,8 +366,9 @@ mod tests {
             let ops = CpuOps { level: self.level };
             let data: Vec<f32> = rows.iter().flat_map(|(tokens, _)| *tokens).copied().collect();
             let counts: Vec<_> = rows.iter().map(|(tokens, _)| tokens.len() / self.width()).collect();
-            let positions: Vec<_> = rows.iter().zip(&counts).flat_map(|((_, store), count)| store.len()..store.len() + count).collect();
-            let angles = self.rope.as_ref().map(|rope| ops.angles(rope, &positions).unwrap());
+            let turns =
+                |rope| rows.iter().zip(&counts).map(|((_, store), count)| (rope, store.len()..store.len() + count)).collect::<Vec<_>>();
+            let angles = self.rope.as_ref().map(|rope| ops.angles(&turns(rope)).unwrap());
             let mut first = 0;
             let mut spans = Vec::new();
             for ((_, store), &count) in rows.iter_mut().zip(&counts) {

@@ -19,6 +19,7 @@ use crate::{
     model::{Room, Values},
 };
 use isa::Level;
+use std::ops::Range;
 
 /// The operations on this processor.
 #[derive(Debug, Clone, Copy)]
@@ -81,6 +82,11 @@ impl Ops for CpuOps {
         Ok(Act { data: pointwise::norm(self.level, norm, &x.data, x.width), width: x.width })
     }
 
+    fn norm_part(&self, norm: &Norm<Vec<f32>>, mut x: Act, first: usize, group: usize) -> Result<Act> {
+        pointwise::norm_part(self.level, norm, &mut x.data, x.width, first, group);
+        Ok(x)
+    }
+
     fn add(&self, mut x: Act, y: &Act) -> Result<Act> {
         debug_assert_eq!(x.data.len(), y.data.len());
         x.data.iter_mut().zip(&y.data).for_each(|(x, y)| *x += y);
@@ -101,8 +107,8 @@ impl Ops for CpuOps {
         Ok(Act { data: pointwise::gate(self.level, activation, &x.data, x.width), width: x.width / 2 })
     }
 
-    fn angles(&self, rope: &Rope, positions: &[usize]) -> Result<rope::Angles> {
-        Ok(rope::Angles::new(rope, positions))
+    fn angles(&self, rows: &[(&Rope, Range<usize>)]) -> Result<rope::Angles> {
+        Ok(rope::Angles::new(rows))
     }
 
     fn attend(

@@ -14,8 +14,20 @@ const PIECE: usize = 4096;
 
 pub(super) fn norm(level: Level, norm: &Norm<Vec<f32>>, x: &[f32], width: usize) -> Vec<f32> {
     let mut y = vec![0.0; x.len()];
-    threads::chunks(&mut y, width, width * 4, |i, y| level.run(Normalise { norm, x: &x[i * width..][..width], y }));
+    threads::chunks(&mut y, width, width * 4, |i, y| {
+        y.copy_from_slice(&x[i * width..][..width]);
+        level.run(Normalise { norm, first: 0, x: y });
+    });
     y
+}
+
+/// Normalises the columns of each token that begin at `first`, as many as the norm has weights, each `group` of them alone.
+pub(super) fn norm_part(level: Level, norm: &Norm<Vec<f32>>, x: &mut [f32], width: usize, first: usize, group: usize) {
+    threads::chunks(x, width, norm.weight.len() * 4, |_, x| {
+        for (i, x) in x[first..first + norm.weight.len()].chunks_exact_mut(group).enumerate() {
+            level.run(Normalise { norm, first: i * group, x });
+        }
+    });
 }
 
 pub(super) fn activate(level: Level, activation: Activation, x: &mut [f32], width: usize) {
@@ -42,8 +54,9 @@ pub(super) fn softcap(level: Level, cap: f32, x: &mut [f32]) {
 
 struct Normalise<'a> {
     norm: &'a Norm<Vec<f32>>,
-    x: &'a [f32],
-    y: &'a mut [f32],
+    /// The first weight.
+    first: usize,
+    x: &'a mut [f32],
 }
 
 impl Task for Normalise<'_> {
@@ -51,22 +64,21 @@ impl Task for Normalise<'_> {
 
     #[inline(always)]
     fn run<I: Isa>(self, _: I) {
-        let Self { norm, x, y } = self;
+        let Self { norm, first, x } = self;
         let count = x.len() as f32;
-        let mean = match norm.kind {
-            NormKind::Rms => 0.0,
-            NormKind::Layer => math::sum(x, |x, sum| sum + x) / count,
-        };
-        for (y, x) in y.iter_mut().zip(x) {
-            *y = x - mean;
+        if norm.kind == NormKind::Layer {
+            let mean = math::sum(x, |x, sum| sum + x) / count;
+            for x in x.iter_mut() {
+                *x -= mean;
+            }
         }
-        let factor = 1.0 / (math::sum(y, |y, sum| y.mul_add(y, sum)) / count + norm.eps).sqrt();
-        for (y, weight) in y.iter_mut().zip(&norm.weight) {
-            *y = *y * factor * weight;
+        let factor = 1.0 / (math::sum(x, |x, sum| x.mul_add(x, sum)) / count + norm.eps).sqrt();
+        for (x, weight) in x.iter_mut().zip(&norm.weight[first..]) {
+            *x = *x * factor * weight;
         }
         if let Some(bias) = &norm.bias {
-            for (y, bias) in y.iter_mut().zip(bias) {
-                *y += bias;
+            for (x, bias) in x.iter_mut().zip(&bias[first..]) {
+                *x += bias;
             }
         }
     }

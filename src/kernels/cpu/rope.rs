@@ -5,6 +5,7 @@ use super::{
     threads,
 };
 use crate::kernels::{Attention, Rope};
+use std::ops::Range;
 
 /// Cosines and sines, `(tokens, pairs)`.
 #[derive(Debug)]
@@ -15,12 +16,17 @@ pub(crate) struct Angles {
 }
 
 impl Angles {
-    pub(super) fn new(rope: &Rope, positions: &[usize]) -> Self {
-        // HF: position and frequency are multiplied in f32, which is coarse at large positions, and so it is here.
-        let angle = |&position: &usize| rope.inv_freq.iter().map(move |freq| f64::from(position as f32 * freq));
-        let cos = positions.iter().flat_map(angle).map(|angle| angle.cos() as f32 * rope.scale).collect();
-        let sin = positions.iter().flat_map(angle).map(|angle| angle.sin() as f32 * rope.scale).collect();
-        Self { cos, sin, pairs: rope.inv_freq.len() }
+    pub(super) fn new(rows: &[(&Rope, Range<usize>)]) -> Self {
+        let pairs = rows.first().map_or(0, |(rope, _)| rope.inv_freq.len());
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        for (rope, positions) in rows {
+            debug_assert_eq!(rope.inv_freq.len(), pairs);
+            // HF: position and frequency are multiplied in f32, which is coarse at large positions, and so it is here.
+            let turn = |position: usize| rope.inv_freq.iter().map(move |freq| f64::from(position as f32 * freq));
+            cos.extend(positions.clone().flat_map(turn).map(|angle| angle.cos() as f32 * rope.scale));
+            sin.extend(positions.clone().flat_map(turn).map(|angle| angle.sin() as f32 * rope.scale));
+        }
+        Self { cos, sin, pairs }
     }
 }
 
@@ -65,7 +71,7 @@ mod tests {
         let attention = Attention { heads: 1, kv_heads: 1, head_dim: 8, scale: 1.0, softcap: None, window: None, alibi: Vec::new() };
         let rope = Rope { inv_freq: vec![1.0, 0.1, 0.01, 0.001], scale: 1.0 };
         let mut qkv: Vec<f32> = (1..=8).map(|i| i as f32 / 4.0).chain([0.5; 16]).collect();
-        rotate(Level::best(), &attention, &Angles::new(&rope, &[37]), &mut qkv);
+        rotate(Level::best(), &attention, &Angles::new(&[(&rope, 37..38)]), &mut qkv);
         let expected = [0.995_776_1, 0.370_704_26, 0.066_418_47, 0.925_332_4, 0.795_883_06, -1.537_068_1, 1.902_784_5, 2.035_622_6];
         assert!(qkv.iter().zip(expected).all(|(x, y)| (x - y).abs() <= 2e-7), "{qkv:?}");
         assert_eq!(qkv[16..], [0.5; 8], "values do not turn");

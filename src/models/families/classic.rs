@@ -6,8 +6,8 @@ use crate::{
     kernels::{Activation, Alibi, Attention},
     models::{
         fields::{COUNT, Fields, WIDTH},
-        rope::rope,
-        spec::{DecoderSpec, Head, Layout, Linear, Mlp, Norm, NormKind, Positions, Projection, Qkv, Residual},
+        rope::{Heads, rope},
+        spec::{DecoderSpec, Extent, Head, Layout, Linear, Mlp, Norm, NormKind, Positions, Projection, QkNorm, Qkv, Residual},
     },
 };
 
@@ -59,12 +59,15 @@ pub(super) fn gpt_neox(config: &Fields) -> Result<DecoderSpec> {
     let hidden = config.size("hidden_size", 6144, WIDTH)?;
     let bias = config.flag("attention_bias", true)?;
     let attention = attention(config, hidden, "num_attention_heads", 64)?;
+    let layers = config.size("num_hidden_layers", 44, COUNT)?;
+    // HF: these are the only names that the reference reads; what 4.x wrote has the common ones too, with the same values.
+    let (theta, partial) = (config.positive("rotary_emb_base", 10_000.0)?, config.positive("rotary_pct", 0.25)?);
     let shape = Shape {
         family: "gpt_neox",
         vocab: config.size("vocab_size", 50_432, WIDTH)?,
         hidden,
-        positions: rotated(config, &attention, 2048, 0.25)?,
-        attention: vec![attention; config.size("num_hidden_layers", 44, COUNT)?],
+        positions: rotary(config, attention.head_dim, layers, 2048, Turn { theta, partial: Some(partial) })?,
+        attention: vec![attention; layers],
         qkv: Qkv::Grouped(Linear { name: "attention.query_key_value", bias }),
         out: Linear { name: "attention.dense", bias },
         mlp: Mlp::Plain {
@@ -119,7 +122,7 @@ pub(super) fn opt(config: &Fields) -> Result<DecoderSpec> {
     let mut spec = DecoderSpec {
         base: "model.decoder.",
         projection: width.map(|width| Projection { width, inward: "project_in", outward: "project_out" }),
-        residual: if before { Residual::Pre { attention, mlp } } else { Residual::Post { attention, mlp } },
+        residual: if before { Residual::Pre { attention, mlp } } else { Residual::Summed { attention, mlp } },
         final_norm: (before && !config.flag("_remove_final_layer_norm", false)?).then_some("final_layer_norm"),
         ..classic(shape)
     };
@@ -174,6 +177,7 @@ pub(super) fn falcon(config: &Fields) -> Result<DecoderSpec> {
     } else if config.flag("multi_query", true)? {
         attention.kv_heads = 1;
     }
+    let layers = config.size("num_hidden_layers", 32, COUNT)?;
     let trained = config.size("max_position_embeddings", 2048, WIDTH)?;
     let positions = if config.flag("alibi", false)? {
         // HF: its biases are rounded to bf16 whatever the arithmetic. Its eager attention adds them twice; its default, scaled
@@ -182,7 +186,7 @@ pub(super) fn falcon(config: &Fields) -> Result<DecoderSpec> {
         attention.alibi = biases.collect();
         Positions::Alibi { trained: Some(trained) }
     } else {
-        Positions::Rope { rope: rope(config, attention.head_dim, trained)?, trained }
+        rotary(config, attention.head_dim, layers, trained, WHOLE)?
     };
     // HF: the new architecture is parallel whatever `parallel_attn` says.
     let residual = if new && config.optional_size("num_ln_in_parallel_attn", None, 2)?.unwrap_or(2) == 2 {
@@ -197,7 +201,7 @@ pub(super) fn falcon(config: &Fields) -> Result<DecoderSpec> {
         vocab: config.size("vocab_size", 65_024, WIDTH)?,
         hidden,
         positions,
-        attention: vec![attention; config.size("num_hidden_layers", 32, COUNT)?],
+        attention: vec![attention; layers],
         qkv: Qkv::Grouped(Linear { name: "self_attention.query_key_value", bias }),
         out: Linear { name: "self_attention.dense", bias },
         mlp: Mlp::Plain {
@@ -223,13 +227,14 @@ pub(super) fn phi(config: &Fields) -> Result<DecoderSpec> {
     let hidden = config.size("hidden_size", 2048, WIDTH)?;
     let mut attention = attention(config, hidden, "num_attention_heads", 32)?;
     attention.kv_heads = kv_heads(config, "num_key_value_heads", attention.heads, None)?;
+    let layers = config.size("num_hidden_layers", 24, COUNT)?;
     let linear = |name| Linear { name, bias: true };
     let shape = Shape {
         family: "phi",
         vocab: config.size("vocab_size", 51_200, WIDTH)?,
         hidden,
-        positions: rotated(config, &attention, 2048, 0.5)?,
-        attention: vec![attention; config.size("num_hidden_layers", 24, COUNT)?],
+        positions: rotary(config, attention.head_dim, layers, 2048, Turn { partial: Some(0.5), ..WHOLE })?,
+        attention: vec![attention; layers],
         qkv: Qkv::Split(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].map(linear)),
         out: linear("self_attn.dense"),
         mlp: Mlp::Plain {
@@ -244,7 +249,14 @@ pub(super) fn phi(config: &Fields) -> Result<DecoderSpec> {
             false => Head::Own(linear("lm_head")),
         },
     };
+    let qk_norm = config.flag("qk_layernorm", false)?;
     Ok(DecoderSpec {
+        qk_norm: qk_norm.then_some(QkNorm {
+            query: "self_attn.q_layernorm",
+            key: "self_attn.k_layernorm",
+            norm: Norm { kind: NormKind::Layer, eps: shape.eps as f32 },
+            extent: Extent::Head,
+        }),
         residual: Residual::Parallel { attention: "input_layernorm", mlp: None },
         final_norm: Some("final_layernorm"),
         ..classic(shape)
@@ -255,14 +267,15 @@ pub(super) fn stablelm(config: &Fields) -> Result<DecoderSpec> {
     let hidden = config.size("hidden_size", 2560, WIDTH)?;
     let mut attention = attention(config, hidden, "num_attention_heads", 32)?;
     attention.kv_heads = kv_heads(config, "num_key_value_heads", attention.heads, Some(32))?;
+    let layers = config.size("num_hidden_layers", 32, COUNT)?;
     let bias = config.flag("use_qkv_bias", false)?;
     let linear = |name| Linear { name, bias: false };
     let shape = Shape {
         family: "stablelm",
         vocab: config.size("vocab_size", 50_304, WIDTH)?,
         hidden,
-        positions: rotated(config, &attention, 4096, 0.25)?,
-        attention: vec![attention; config.size("num_hidden_layers", 32, COUNT)?],
+        positions: rotary(config, attention.head_dim, layers, 4096, Turn { partial: Some(0.25), ..WHOLE })?,
+        attention: vec![attention; layers],
         qkv: Qkv::Split(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].map(|name| Linear { name, bias })),
         out: linear("self_attn.o_proj"),
         mlp: Mlp::Gated {
@@ -277,7 +290,13 @@ pub(super) fn stablelm(config: &Fields) -> Result<DecoderSpec> {
     };
     let parallel = config.flag("use_parallel_residual", false)?;
     let residual = if parallel { Residual::Parallel { attention: "input_layernorm", mlp: None } } else { SERIAL };
-    Ok(DecoderSpec { residual, ..classic(shape) })
+    let qk_norm = config.flag("qk_layernorm", false)?.then_some(QkNorm {
+        query: "self_attn.q_layernorm.norms",
+        key: "self_attn.k_layernorm.norms",
+        norm: Norm { kind: NormKind::LayerUnbiased, eps: shape.eps as f32 },
+        extent: Extent::OwnHead,
+    });
+    Ok(DecoderSpec { qk_norm, residual, ..classic(shape) })
 }
 
 pub(super) fn starcoder2(config: &Fields) -> Result<DecoderSpec> {
@@ -287,13 +306,13 @@ pub(super) fn starcoder2(config: &Fields) -> Result<DecoderSpec> {
     attention.window = config.optional_size("sliding_window", None, WIDTH)?;
     let bias = config.flag("use_bias", true)?;
     let linear = |name| Linear { name, bias };
-    let trained = config.size("max_position_embeddings", 4096, WIDTH)?;
+    let layers = config.size("num_hidden_layers", 30, COUNT)?;
     let shape = Shape {
         family: "starcoder2",
         vocab: config.size("vocab_size", 49_152, WIDTH)?,
         hidden,
-        positions: Positions::Rope { rope: rope(config, attention.head_dim, trained)?, trained },
-        attention: vec![attention; config.size("num_hidden_layers", 30, COUNT)?],
+        positions: rotary(config, attention.head_dim, layers, 4096, WHOLE)?,
+        attention: vec![attention; layers],
         qkv: Qkv::Split(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].map(linear)),
         out: linear("self_attn.o_proj"),
         mlp: Mlp::Plain {
@@ -341,6 +360,7 @@ fn classic(shape: Shape) -> DecoderSpec {
         attention: shape.attention,
         layout: Layout::Linear,
         qkv: shape.qkv,
+        qk_norm: None,
         out: shape.out,
         mlp: shape.mlp,
         norm: Norm { kind: NormKind::Layer, eps: shape.eps as f32 },
@@ -359,11 +379,20 @@ fn attention(config: &Fields, hidden: usize, field: &str, default: usize) -> Res
     Ok(Attention { heads, kv_heads: heads, head_dim, scale, softcap: None, window: None, alibi: Vec::new() })
 }
 
-/// Positions that turn a part of each head.
-fn rotated(config: &Fields, attention: &Attention, trained: usize, part: f64) -> Result<Positions> {
+/// How heads turn unless the config says otherwise.
+struct Turn {
+    theta: f64,
+    /// The share of a head that turns, where the family reads it.
+    partial: Option<f64>,
+}
+
+const WHOLE: Turn = Turn { theta: 10_000.0, partial: None };
+
+/// Rotary positions, the same in all layers, in a model made for `trained` positions unless the config says otherwise.
+fn rotary(config: &Fields, head_dim: usize, layers: usize, trained: usize, turn: Turn) -> Result<Positions> {
     let trained = config.size("max_position_embeddings", trained, WIDTH)?;
-    let _ = part;
-    Ok(Positions::Rope { rope: rope(config, attention.head_dim, trained)?, trained })
+    let heads = Heads { dim: head_dim, partial: turn.partial, theta: turn.theta, trained, original: None };
+    Ok(Positions::Rope { rotations: vec![rope(config, heads)?], layers: vec![Some(0); layers], trained })
 }
 
 /// The slopes of ALiBi: a geometric sequence that begins with its ratio `2^(-8 / heads)`. Where the number of heads is no power

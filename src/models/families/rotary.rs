@@ -3,70 +3,38 @@
 use super::{activation, head, kv_heads, share, windows};
 use crate::{
     error::{Error, Result},
-    kernels::{Activation, Attention},
+    kernels::Attention,
     models::{
         fields::{COUNT, Fields, WIDTH},
-        rope::rope,
+        rope::{Heads, rope},
         spec::{DecoderSpec, Layout, Linear, Mlp, Norm, NormKind, Positions, Qkv, Residual},
     },
 };
 
 pub(super) fn llama(config: &Fields) -> Result<DecoderSpec> {
     let bias = config.flag("attention_bias", false)?;
-    let shape = Shape {
-        family: "llama",
-        vocab: 32_000,
-        hidden: 4096,
-        inner: 11_008,
-        layers: 32,
-        heads: 32,
-        kv_heads: None,
-        head_dim: None,
-        positions: 2048,
-        activation: activation(config, "hidden_act", "silu")?,
-        qkv_bias: bias,
-        out_bias: bias,
-        mlp_bias: config.flag("mlp_bias", false)?,
-        tied: false,
-    };
-    rotary(config, shape)
+    rotary(config, Shape { qkv_bias: bias, out_bias: bias, mlp_bias: config.flag("mlp_bias", false)?, ..LLAMA })
 }
 
 pub(super) fn qwen2(config: &Fields) -> Result<DecoderSpec> {
     let shape = Shape {
-        family: "qwen2",
         vocab: 151_936,
-        hidden: 4096,
         inner: 22_016,
-        layers: 32,
-        heads: 32,
         // HF: where the field is absent the reference takes 32, not the number of heads.
         kv_heads: Some(32),
-        head_dim: None,
         positions: 32_768,
-        activation: activation(config, "hidden_act", "silu")?,
         qkv_bias: true,
-        out_bias: false,
-        mlp_bias: false,
-        tied: false,
+        family: "qwen2",
+        ..LLAMA
     };
     let mut spec = rotary(config, shape)?;
-    let window = match config.flag("use_sliding_window", false)? {
-        true => config.optional_size("sliding_window", Some(4096), WIDTH)?,
-        false => None,
-    };
-    let first = config.number("max_window_layers", 28)?;
-    windows(config, &mut spec.attention, window, |layer| window.is_some() && layer >= first)?;
+    window_of_qwen(config, &mut spec)?;
     Ok(spec)
 }
 
 pub(super) fn gemma2(config: &Fields) -> Result<DecoderSpec> {
-    if config.flag("use_bidirectional_attention", false)? {
-        return Err(Error::Unsupported("use_bidirectional_attention: a model that does not generate".into()));
-    }
     let bias = config.flag("attention_bias", false)?;
     let shape = Shape {
-        family: "gemma2",
         vocab: 256_000,
         hidden: 2304,
         inner: 9216,
@@ -75,11 +43,12 @@ pub(super) fn gemma2(config: &Fields) -> Result<DecoderSpec> {
         kv_heads: Some(4),
         head_dim: Some(256),
         positions: 8192,
-        activation: activation(config, "hidden_activation", "gelu_pytorch_tanh")?,
+        activation: ("hidden_activation", "gelu_pytorch_tanh"),
         qkv_bias: bias,
         out_bias: bias,
-        mlp_bias: false,
         tied: true,
+        family: "gemma2",
+        ..LLAMA
     };
     let mut spec = rotary(config, shape)?;
     let scale = config.positive("query_pre_attn_scalar", 256.0)?.powf(-0.5) as f32;
@@ -88,14 +57,34 @@ pub(super) fn gemma2(config: &Fields) -> Result<DecoderSpec> {
         *attention = Attention { scale, softcap, ..attention.clone() };
     }
     windows(config, &mut spec.attention, config.optional_size("sliding_window", Some(4096), WIDTH)?, |layer| layer % 2 == 0)?;
-    spec.embedding_scale = Some((spec.hidden as f64).sqrt() as f32);
-    spec.norm.kind = NormKind::RmsPlusOne;
-    spec.residual = Residual::PrePost {
-        attention: ["input_layernorm", "post_attention_layernorm"],
-        mlp: ["pre_feedforward_layernorm", "post_feedforward_layernorm"],
-    };
     spec.softcap = config.optional_positive("final_logit_softcapping", Some(30.0))?.map(|cap| cap as f32);
-    Ok(spec)
+    spec.residual = SANDWICH;
+    gemmas(config, spec)
+}
+
+/// Norms before and after each part of a layer, by gemma's names.
+const SANDWICH: Residual = Residual::PrePost {
+    attention: ["input_layernorm", "post_attention_layernorm"],
+    mlp: ["pre_feedforward_layernorm", "post_feedforward_layernorm"],
+};
+
+/// What all gemmas have.
+fn gemmas(config: &Fields, spec: DecoderSpec) -> Result<DecoderSpec> {
+    if config.flag("use_bidirectional_attention", false)? {
+        return Err(Error::Unsupported("use_bidirectional_attention: a model that does not generate".into()));
+    }
+    let embedding_scale = Some((spec.hidden as f64).sqrt() as f32);
+    Ok(DecoderSpec { embedding_scale, norm: Norm { kind: NormKind::RmsPlusOne, ..spec.norm }, ..spec })
+}
+
+/// Layers from `max_window_layers` on have a window.
+fn window_of_qwen(config: &Fields, spec: &mut DecoderSpec) -> Result<()> {
+    let window = match config.flag("use_sliding_window", false)? {
+        true => config.optional_size("sliding_window", Some(4096), WIDTH)?,
+        false => None,
+    };
+    let first = config.number("max_window_layers", 28)?;
+    windows(config, &mut spec.attention, window, |layer| window.is_some() && layer >= first)
 }
 
 /// What families shaped like llama choose; sizes are the reference's defaults for absent fields.
@@ -111,12 +100,37 @@ struct Shape {
     /// The heads' share of the width if none.
     head_dim: Option<usize>,
     positions: usize,
-    activation: Activation,
+    theta: f64,
+    /// The share of a head that turns, where the family reads it.
+    partial: Option<f64>,
+    /// The field that names it, and which one it is otherwise.
+    activation: (&'static str, &'static str),
+    eps: f64,
     qkv_bias: bool,
     out_bias: bool,
     mlp_bias: bool,
     tied: bool,
 }
+
+const LLAMA: Shape = Shape {
+    family: "llama",
+    vocab: 32_000,
+    hidden: 4096,
+    inner: 11_008,
+    layers: 32,
+    heads: 32,
+    kv_heads: None,
+    head_dim: None,
+    positions: 2048,
+    theta: 10_000.0,
+    partial: None,
+    activation: ("hidden_act", "silu"),
+    eps: 1e-6,
+    qkv_bias: false,
+    out_bias: false,
+    mlp_bias: false,
+    tied: false,
+};
 
 /// The shape of llama, which most families share: rotary positions, grouped heads, root-mean-square norms, a gated MLP.
 fn rotary(config: &Fields, shape: Shape) -> Result<DecoderSpec> {
@@ -128,8 +142,10 @@ fn rotary(config: &Fields, shape: Shape) -> Result<DecoderSpec> {
         None => share(config, "num_attention_heads", hidden, heads)?,
     };
     let trained = config.size("max_position_embeddings", shape.positions, WIDTH)?;
-    let attention =
-        Attention { heads, kv_heads, head_dim, scale: (head_dim as f64).powf(-0.5) as f32, softcap: None, window: None, alibi: Vec::new() };
+    let layers = config.size("num_hidden_layers", shape.layers, COUNT)?;
+    let scale = (head_dim as f64).powf(-0.5) as f32;
+    let attention = Attention { heads, kv_heads, head_dim, scale, softcap: None, window: None, alibi: Vec::new() };
+    let turned = Heads { dim: head_dim, partial: shape.partial, theta: shape.theta, trained, original: None };
     let qkv = |name| Linear { name, bias: shape.qkv_bias };
     let mlp = |name| Linear { name, bias: shape.mlp_bias };
     Ok(DecoderSpec {
@@ -141,20 +157,21 @@ fn rotary(config: &Fields, shape: Shape) -> Result<DecoderSpec> {
         embedding_scale: None,
         embedding_norm: None,
         projection: None,
-        positions: Positions::Rope { rope: rope(config, head_dim, trained)?, trained },
+        positions: Positions::Rope { rotations: vec![rope(config, turned)?], layers: vec![Some(0); layers], trained },
         layer: "layers.",
-        attention: vec![attention; config.size("num_hidden_layers", shape.layers, COUNT)?],
+        attention: vec![attention; layers],
         layout: Layout::Linear,
         qkv: Qkv::Split([qkv("self_attn.q_proj"), qkv("self_attn.k_proj"), qkv("self_attn.v_proj")]),
+        qk_norm: None,
         out: Linear { name: "self_attn.o_proj", bias: shape.out_bias },
         mlp: Mlp::Gated {
             gate: mlp("mlp.gate_proj"),
             up: mlp("mlp.up_proj"),
             down: mlp("mlp.down_proj"),
             inner: config.size("intermediate_size", shape.inner, WIDTH)?,
-            activation: shape.activation,
+            activation: activation(config, shape.activation.0, shape.activation.1)?,
         },
-        norm: Norm { kind: NormKind::Rms, eps: config.positive("rms_norm_eps", 1e-6)? as f32 },
+        norm: Norm { kind: NormKind::Rms, eps: config.positive("rms_norm_eps", shape.eps)? as f32 },
         residual: Residual::Pre { attention: "input_layernorm", mlp: "post_attention_layernorm" },
         final_norm: Some("norm"),
         head: head(config, shape.tied)?,
