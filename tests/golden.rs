@@ -9,7 +9,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-const FAMILIES: [&str; 5] = ["gpt2", "llama", "qwen2", "gemma2", "storyteller"];
+const FAMILIES: [&str; 12] =
+    ["gpt2", "gpt_neox", "opt", "bloom", "falcon", "phi", "stablelm", "starcoder2", "llama", "qwen2", "gemma2", "storyteller"];
 
 /// The largest difference of a score.
 const TOLERANCE: f32 = 1e-4;
@@ -55,6 +56,41 @@ struct Story {
 #[test]
 fn gpt2() {
     run_family("gpt2");
+}
+
+#[test]
+fn gpt_neox() {
+    run_family("gpt_neox");
+}
+
+#[test]
+fn opt() {
+    run_family("opt");
+}
+
+#[test]
+fn bloom() {
+    run_family("bloom");
+}
+
+#[test]
+fn falcon() {
+    run_family("falcon");
+}
+
+#[test]
+fn phi() {
+    run_family("phi");
+}
+
+#[test]
+fn stablelm() {
+    run_family("stablelm");
+}
+
+#[test]
+fn starcoder2() {
+    run_family("starcoder2");
 }
 
 #[test]

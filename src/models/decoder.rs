@@ -327,16 +327,18 @@ struct Ends {
 
 fn ends(spec: &DecoderSpec, weights: &Weights) -> Result<Ends> {
     let (Head::Own(linear) | Head::Tied(linear)) = spec.head;
-    let (table, bias) = (spec.embedding, linear.bias.then_some(linear.name));
+    // HF: GPT-NeoX's head is called `embed_out` in files, but `lm_head` by 5.x itself.
+    let name = if weights.contains(&format!("{}.weight", linear.name)) { linear.name } else { "lm_head" };
+    let (table, bias) = (spec.embedding, linear.bias.then_some(name));
     if let Head::Own(_) = spec.head {
-        return Ok(Ends { table, head: Some(linear.name), bias });
+        return Ok(Ends { table, head: Some(name), bias });
     }
-    let [embedding, own] = [table, linear.name].map(|name| format!("{name}.weight"));
+    let [embedding, own] = [table, name].map(|name| format!("{name}.weight"));
     // HF: the file outvotes `tie_word_embeddings`. A tied head that it has all the same is used if it differs from the
     // embeddings, and serves as embeddings if those are missing.
     Ok(match (weights.contains(&embedding), weights.contains(&own)) {
-        (true, true) if !weights.equal(&embedding, &own)? => Ends { table, head: Some(linear.name), bias },
-        (false, true) => Ends { table: linear.name, head: None, bias },
+        (true, true) if !weights.equal(&embedding, &own)? => Ends { table, head: Some(name), bias },
+        (false, true) => Ends { table: name, head: None, bias },
         _ => Ends { table, head: None, bias },
     })
 }

@@ -31,8 +31,8 @@ class Row:
 
 
 class Oracle:
-    def __init__(self, folder, tokenizer=None):
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    def __init__(self, folder, tokenizer=None, attention="eager"):
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
         self.exact = copy.deepcopy(self.model).double()
         self.tokenizer = tokenizer
         self.vocab = self.model.config.vocab_size

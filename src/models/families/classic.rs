@@ -406,7 +406,73 @@ fn slopes(heads: usize) -> impl Iterator<Item = f32> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
+    use serde_json::{Value, json};
+
+    fn fields(config: Value) -> Fields {
+        Fields::new(config.as_object().unwrap().clone())
+    }
+
+    #[test]
+    fn absent_fields_have_the_reference_s_defaults() {
+        let sizes = |family: fn(&Fields) -> Result<DecoderSpec>| {
+            let spec = family(&fields(json!({}))).unwrap();
+            let Attention { heads, kv_heads, head_dim, .. } = spec.attention[0];
+            let (Mlp::Plain { inner, .. } | Mlp::Gated { inner, .. }) = spec.mlp;
+            ([spec.vocab, spec.hidden, inner, spec.attention.len(), heads, kv_heads, head_dim], matches!(spec.head, Head::Tied(_)))
+        };
+        assert_eq!(sizes(gpt_neox), ([50432, 6144, 24576, 44, 64, 64, 96], false));
+        assert_eq!(sizes(opt), ([50272, 768, 3072, 12, 12, 12, 64], true));
+        assert_eq!(sizes(bloom), ([250880, 64, 256, 2, 8, 8, 8], true));
+        assert_eq!(sizes(falcon), ([65024, 4544, 18176, 32, 71, 1, 64], true));
+        assert_eq!(sizes(phi), ([51200, 2048, 8192, 24, 32, 32, 64], false));
+        assert_eq!(sizes(stablelm), ([50304, 2560, 6912, 32, 32, 32, 80], false));
+        assert_eq!(sizes(starcoder2), ([49152, 3072, 12288, 30, 24, 2, 128], true));
+    }
+
+    #[test]
+    fn fields_have_other_names_that_come_first() {
+        let spec = bloom(&fields(json!({"n_embed": 32, "hidden_size": 48, "n_head": 2, "num_attention_heads": 4}))).unwrap();
+        assert_eq!((spec.hidden, spec.attention[0].heads), (32, 4));
+        assert_eq!(bloom(&fields(json!({"n_embed": null, "hidden_size": 48}))).unwrap().hidden, 48);
+        let spec = gpt2(&fields(json!({"hidden_size": 48, "n_embd": 96, "num_attention_heads": 2, "n_head": 4}))).unwrap();
+        assert_eq!((spec.hidden, spec.attention[0].heads), (48, 2));
+        let error = falcon(&fields(json!({"n_embed": 30}))).unwrap_err().to_string();
+        assert_eq!(error, "cannot load config.json: num_attention_heads = 71: a divisor of the hidden size 30 is accepted");
+    }
+
+    #[test]
+    fn a_part_of_each_head_turns() {
+        let turned = |family: fn(&Fields) -> Result<DecoderSpec>, config| match family(&fields(config)).unwrap().positions {
+            Positions::Rope { rotations, .. } => rotations[0].at(1).inv_freq.clone(),
+            _ => Vec::new(),
+        };
+        assert_eq!(turned(gpt_neox, json!({})).len(), 12);
+        assert_eq!(turned(gpt_neox, json!({"rotary_pct": 0.5, "rotary_emb_base": 100}))[12], 0.1);
+        assert_eq!(turned(phi, json!({})).len(), 16);
+        assert_eq!(turned(phi, json!({"partial_rotary_factor": 0.25})).len(), 8);
+        assert_eq!(turned(stablelm, json!({"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}})).len(), 10);
+        assert_eq!(turned(falcon, json!({})).len(), 32);
+        assert!(turned(falcon, json!({"alibi": true})).is_empty());
+    }
+
+    #[test]
+    fn residuals_follow_the_config() {
+        let falcon = |config| falcon(&fields(config)).unwrap().residual;
+        let two = Residual::Parallel { attention: "ln_attn", mlp: Some("ln_mlp") };
+        let one = Residual::Parallel { attention: "input_layernorm", mlp: None };
+        assert_eq!(falcon(json!({})), one);
+        assert_eq!(falcon(json!({"parallel_attn": false})), SERIAL);
+        assert_eq!(falcon(json!({"new_decoder_architecture": true, "parallel_attn": false})), two);
+        assert_eq!(falcon(json!({"new_decoder_architecture": true, "num_ln_in_parallel_attn": 1})), one);
+        let opt = |config| opt(&fields(config)).unwrap();
+        let spec = opt(json!({"do_layer_norm_before": false, "word_embed_proj_dim": 512}));
+        assert!(matches!(spec.residual, Residual::Summed { .. }) && spec.final_norm.is_none());
+        assert_eq!((spec.outer(), opt(json!({"word_embed_proj_dim": 768})).projection), (512, None));
+        assert_eq!(opt(json!({"_remove_final_layer_norm": true})).final_norm, None);
+        assert_eq!(opt(json!({"layer_norm_elementwise_affine": false})).norm.kind, NormKind::LayerBare);
+    }
 
     #[test]
     fn slopes_are_the_references() {
