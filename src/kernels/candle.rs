@@ -425,7 +425,7 @@ mod tests {
 
     #[test]
     fn attention_is_what_it_is_number_by_number() {
-        let base = Attention { heads: 4, kv_heads: 2, head_dim: 6, scale: 0.7, softcap: None, window: None, alibi: Vec::new() };
+        let base = Attention { heads: 4, kv_heads: 2, head_dim: 6, scale: 0.7, softcap: None, window: None, alibi: [].into() };
         let whole = Rope { inv_freq: vec![1.0, 0.3, 0.1], scale: 1.0 };
         let partial = Rope { inv_freq: vec![1.0, 0.2], scale: 1.25 };
         let (tokens, width) = (7, 48);
@@ -437,7 +437,7 @@ mod tests {
             (Attention { softcap: Some(0.5), ..base.clone() }, &whole),
             (Attention { window: Some(3), ..base.clone() }, &whole),
             (
-                Attention { alibi: [0.5, 0.1, 0.7, 0.2].map(|slope| Alibi { slope, scale: 0.8, coarse: true }).to_vec(), ..base.clone() },
+                Attention { alibi: [0.5, 0.1, 0.7, 0.2].map(|slope| Alibi { slope, scale: 0.8, coarse: true }).into(), ..base.clone() },
                 &whole,
             ),
             (Attention { window: Some(1), kv_heads: 4, heads: 4, head_dim: 4, ..base.clone() }, &partial),

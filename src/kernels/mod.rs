@@ -12,7 +12,7 @@ use crate::{
 };
 use candle_core::DType;
 use half::bf16;
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 /// The operations of a decoder on one kind of device and arithmetic.
 pub(crate) trait Ops: Send + Sync + 'static {
@@ -176,7 +176,7 @@ pub(crate) struct Attention {
     /// A token sees itself and the `window - 1` positions before it.
     pub window: Option<usize>,
     /// One for each head, where there are any.
-    pub alibi: Vec<Alibi>,
+    pub alibi: Arc<[Alibi]>,
 }
 
 /// What a head adds to its scores so that near positions weigh more, <https://arxiv.org/abs/2108.12409>: `slope * position` of

@@ -187,7 +187,10 @@ impl Random {
                 }
             }
         }
-        let norm = |norm| Ok(self.norm(spec.norm, &format!("{prefix}{norm}"), spec.hidden));
-        spec.residual.try_map(norm).unwrap();
+        let add = |norm| {
+            self.norm(spec.norm, &format!("{prefix}{norm}"), spec.hidden);
+            Ok(())
+        };
+        spec.residual.try_map(add).unwrap();
     }
 }

@@ -89,9 +89,9 @@ GEMMA2 = dict(
     final_logit_softcapping=9.0, max_position_embeddings=64, bos_token_id=2, eos_token_id=1, pad_token_id=0,
     rope_parameters=dict(rope_type="default", rope_theta=10000.0),
 )  # fmt: skip
-GPT2_INVERSE = GPT2 | dict(n_layer=3, scale_attn_by_inverse_layer_idx=True)
+GPT2_INVERSE = GPT2 | dict(n_embd=24, scale_attn_by_inverse_layer_idx=True)
 NEOX = dict(
-    model_type="gpt_neox", vocab_size=103, hidden_size=36, intermediate_size=56, num_hidden_layers=2, num_attention_heads=3,
+    model_type="gpt_neox", vocab_size=103, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
     max_position_embeddings=64, layer_norm_eps=1e-5, bos_token_id=0, eos_token_id=2,
     rope_parameters=dict(rope_type="default", rope_theta=1000.0, partial_rotary_factor=0.5),
 )  # fmt: skip
@@ -99,9 +99,9 @@ OPT = dict(
     model_type="opt", vocab_size=104, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
     max_position_embeddings=64, word_embed_proj_dim=32, bos_token_id=2, eos_token_id=2, pad_token_id=1,
 )  # fmt: skip
-BLOOM = dict(model_type="bloom", vocab_size=106, hidden_size=36, n_layer=2, n_head=6, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+BLOOM = dict(model_type="bloom", vocab_size=106, hidden_size=24, n_layer=2, n_head=6, bos_token_id=1, eos_token_id=2, pad_token_id=3)
 FALCON = dict(
-    model_type="falcon", vocab_size=108, hidden_size=36, num_hidden_layers=2, num_attention_heads=3, ffn_hidden_size=60,
+    model_type="falcon", vocab_size=108, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, ffn_hidden_size=60,
     max_position_embeddings=64, bos_token_id=2, eos_token_id=2, rope_parameters=dict(rope_type="default", rope_theta=1000.0),
 )  # fmt: skip
 PHI = dict(
@@ -135,11 +135,8 @@ SCALES = {
     "gemma2": [
         (r"embed_tokens", 0, 0.18), (r"post_.*norm.weight", 4.0, 0.5), (r"model.norm.weight", 2.2, 0.2), (r"norm.weight", 0.0, 0.2),
     ],
-    "gpt2-inverse": [
-        (r"wte", 0, 0.3), (r"wpe", 0, 1.0), (r"ln_f.weight", 1.5, 0.2), (r"bias", 0, 0.1), (r"c_(attn|fc).weight", 0, 0.33),
-        (r"attn.c_proj.weight", 0, 0.5), (r"mlp.c_proj.weight", 0, 0.08),
-    ],
 }  # fmt: skip
+SCALES["gpt2-inverse"] = SCALES["gpt2"]
 CLASSIC = [
     (r"embed_tokens|embed_in|word_embeddings.weight", 0, 0.3), (r"(query_key_value|[qkv]_proj).weight", 0, 0.6),
     (r"(dense|o(ut)?_proj|4h_to_h|fc2|down_proj|c_proj).weight", 0, 0.6),
@@ -150,8 +147,8 @@ EVERYWHERE = [
 ]  # fmt: skip
 
 # folder -> how it is made: `config`, whose weights `of` another folder it has, `dtype` of the file, `old` for a
-# config.json with the keys of 4.x, `shards`, `published` names, the `suite` of requests, generation_config `file`, the `attention` of the oracle, and
-# `matters`: settings of config.json that change the logits if replaced.
+# config.json with the keys of 4.x, `shards`, `published` names, the `suite` of requests, generation_config `file`, the
+# `attention` of the oracle, and `matters`: settings of config.json that change the logits if replaced.
 FOLDERS = {
     "gpt2": dict(config=GPT2, suite="full", published=True, matters=dict(n_head=6)),
     "gpt2-bf16": dict(of="gpt2", dtype=torch.bfloat16),
@@ -191,7 +188,8 @@ FOLDERS = {
     ),
     "opt": dict(config=OPT, suite="varied", matters=dict(activation_function="gelu", _remove_final_layer_norm=True)),
     "opt-post": dict(
-        suite="varied", config=OPT | dict(do_layer_norm_before=False, word_embed_proj_dim=20), published=True, matters=dict(do_layer_norm_before=True)
+        suite="varied", config=OPT | dict(do_layer_norm_before=False, word_embed_proj_dim=20), published=True,
+        matters=dict(do_layer_norm_before=True),
     ),
     "bloom": dict(config=BLOOM, suite="far", published=True, matters=dict(apply_residual_connection_post_layernorm=True)),
     "bloom-normed": dict(
@@ -203,16 +201,19 @@ FOLDERS = {
         suite="varied", config=FALCON | dict(num_attention_heads=6, num_kv_heads=2, new_decoder_architecture=True), matters=ROPE_SLOW
     ),
     "falcon-new-norm": dict(
-        suite="varied", config=FALCON | dict(num_attention_heads=6, num_kv_heads=3, new_decoder_architecture=True, num_ln_in_parallel_attn=1),
+        suite="varied",
+        config=FALCON | dict(num_attention_heads=6, num_kv_heads=3, new_decoder_architecture=True, num_ln_in_parallel_attn=1),
     ),
     "falcon-alibi": dict(
-        config=FALCON | dict(alibi=True, multi_query=False, parallel_attn=False, bias=True, num_attention_heads=3),
+        config=FALCON | dict(alibi=True, multi_query=False, parallel_attn=False, bias=True),
         attention="sdpa", suite="far", matters=dict(alibi=False),
     ),
     "phi": dict(suite="varied", config=PHI, matters=ROPE_SLOW),
     "phi-norms": dict(suite="varied", config=PHI | dict(num_key_value_heads=4, qk_layernorm=True), matters=dict(qk_layernorm=False)),
     "stablelm": dict(suite="varied", config=STABLELM, old=True, matters=ROPE_SLOW),
-    "stablelm-parallel": dict(suite="varied", config=STABLELM | dict(use_parallel_residual=True, use_qkv_bias=True), matters=dict(use_qkv_bias=False)),
+    "stablelm-parallel": dict(
+        suite="varied", config=STABLELM | dict(use_parallel_residual=True, use_qkv_bias=True), matters=dict(use_qkv_bias=False)
+    ),
     "stablelm-norms": dict(suite="varied", config=STABLELM | dict(qk_layernorm=True), matters=dict(qk_layernorm=False)),
     "starcoder2": dict(suite="varied", config=STARCODER2, matters=dict(sliding_window=7, use_bias=False, hidden_act="relu", **ROPE_SLOW)),
 }  # fmt: skip
@@ -292,7 +293,7 @@ def sensitive(folder, oracle):
         for key, value in FOLDERS[folder].get("matters", {}).items():
             config = AutoConfig.from_pretrained(HERE / folder)
             setattr(config, key, value)
-            other = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=FOLDERS[folder].get("attention", "eager")).eval()
+            other = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=oracle.attention).eval()
             other.load_state_dict(oracle.model.state_dict(), strict=False)
             change = (other(ids).logits - logits).abs().max().item()
             assert change > 0.01, f"{folder}: {key} = {value} changes logits by {change}"

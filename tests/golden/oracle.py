@@ -32,6 +32,7 @@ class Row:
 
 class Oracle:
     def __init__(self, folder, tokenizer=None, attention="eager"):
+        self.attention = attention
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
         self.exact = copy.deepcopy(self.model).double()
         self.tokenizer = tokenizer

@@ -343,7 +343,7 @@ mod tests {
     impl Case {
         fn new(heads: usize, kv_heads: usize, head_dim: usize, pairs: usize) -> Self {
             let scale = 1.7 / (head_dim as f32).sqrt();
-            let attention = Attention { heads, kv_heads, head_dim, scale, softcap: None, window: None, alibi: Vec::new() };
+            let attention = Attention { heads, kv_heads, head_dim, scale, softcap: None, window: None, alibi: [].into() };
             let inv_freq = (0..pairs).map(|i| 0.3f32.powi(i as i32)).collect();
             Self { attention, rope: (pairs > 0).then_some(Rope { inv_freq, scale: 1.1 }), level: Level::best() }
         }
@@ -441,7 +441,7 @@ mod tests {
         narrow.attention.window = Some(20);
         let biased = |coarse| {
             let mut case = Case::new(3, 1, 4, 0);
-            case.attention.alibi = [0.25, 0.01, 0.7].map(|slope| Alibi { slope, scale: 0.5, coarse }).to_vec();
+            case.attention.alibi = [0.25, 0.01, 0.7].map(|slope| Alibi { slope, scale: 0.5, coarse }).into();
             case
         };
         vec![

@@ -376,7 +376,7 @@ fn attention(config: &Fields, hidden: usize, field: &str, default: usize) -> Res
     let heads = config.size(field, default, COUNT)?;
     let head_dim = share(config, field, hidden, heads)?;
     let scale = (head_dim as f64).powf(-0.5) as f32;
-    Ok(Attention { heads, kv_heads: heads, head_dim, scale, softcap: None, window: None, alibi: Vec::new() })
+    Ok(Attention { heads, kv_heads: heads, head_dim, scale, softcap: None, window: None, alibi: [].into() })
 }
 
 /// How heads turn unless the config says otherwise.
@@ -480,8 +480,8 @@ mod tests {
         assert_eq!(of(1), [0.00390625]);
         assert_eq!(of(3), [0.0625, 0.00390625, 0.25]);
         assert_eq!(of(8), [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625]);
-        assert_eq!(of(12)[8..], [0.70710677, 0.35355338, 0.17677669, 0.08838834]);
-        assert_eq!(of(16)[13..], [0.0078124981, 0.0055242703, 0.0039062488]);
+        assert_eq!(of(12)[8..], [0.70710677, 0.35355338, 0.17677668, 0.08838834]);
+        assert_eq!(of(16)[13..], [0.007_812_498, 0.0055242703, 0.0039062488]);
         assert_eq!(of(71)[68..], [0.6771277, 0.6209289, 0.5693943]);
     }
 }

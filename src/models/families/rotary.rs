@@ -144,7 +144,7 @@ fn rotary(config: &Fields, shape: Shape) -> Result<DecoderSpec> {
     let trained = config.size("max_position_embeddings", shape.positions, WIDTH)?;
     let layers = config.size("num_hidden_layers", shape.layers, COUNT)?;
     let scale = (head_dim as f64).powf(-0.5) as f32;
-    let attention = Attention { heads, kv_heads, head_dim, scale, softcap: None, window: None, alibi: Vec::new() };
+    let attention = Attention { heads, kv_heads, head_dim, scale, softcap: None, window: None, alibi: [].into() };
     let turned = Heads { dim: head_dim, partial: shape.partial, theta: shape.theta, trained, original: None };
     let qkv = |name| Linear { name, bias: shape.qkv_bias };
     let mlp = |name| Linear { name, bias: shape.mlp_bias };
