@@ -9,8 +9,29 @@ use std::{
     path::{Path, PathBuf},
 };
 
-const FAMILIES: [&str; 12] =
-    ["gpt2", "gpt_neox", "opt", "bloom", "falcon", "phi", "stablelm", "starcoder2", "llama", "qwen2", "gemma2", "storyteller"];
+const FAMILIES: [&str; 21] = [
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "bloom",
+    "falcon",
+    "phi",
+    "stablelm",
+    "starcoder2",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "smollm3",
+    "olmo2",
+    "mixtral",
+    "qwen3_moe",
+    "storyteller",
+];
 
 /// The largest difference of a score.
 const TOLERANCE: f32 = 1e-4;
@@ -106,6 +127,51 @@ fn qwen2() {
 #[test]
 fn gemma2() {
     run_family("gemma2");
+}
+
+#[test]
+fn mistral() {
+    run_family("mistral");
+}
+
+#[test]
+fn qwen3() {
+    run_family("qwen3");
+}
+
+#[test]
+fn gemma() {
+    run_family("gemma");
+}
+
+#[test]
+fn gemma3() {
+    run_family("gemma3");
+}
+
+#[test]
+fn phi3() {
+    run_family("phi3");
+}
+
+#[test]
+fn smollm3() {
+    run_family("smollm3");
+}
+
+#[test]
+fn olmo2() {
+    run_family("olmo2");
+}
+
+#[test]
+fn mixtral() {
+    run_family("mixtral");
+}
+
+#[test]
+fn qwen3_moe() {
+    run_family("qwen3_moe");
 }
 
 #[test]

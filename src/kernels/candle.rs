@@ -1,6 +1,6 @@
 //! The operations in candle's own: any device and float type, the reference that the fused ones are tested against.
 
-use super::{Activation, Attention, Matrix, Norm, NormKind, Ops, Rope, Span, Store, StoreShape};
+use super::{Activation, Attention, Matrix, Norm, NormKind, Ops, Picks, Rope, Span, Store, StoreShape, route::pick};
 use crate::{
     error::{Error, Result},
     model::{Room, Values},
@@ -211,6 +211,23 @@ impl Ops for CandleOps {
         Ok((gate * x.narrow(1, width, width)?)?)
     }
 
+    fn route(&self, logits: &Tensor, top: usize, renormalise: bool) -> Result<Vec<Picks>> {
+        let shares = softmax_last_dim(&logits.to_dtype(DType::F32)?)?;
+        Ok(pick(&shares.flatten_all()?.to_vec1()?, logits.dim(1)?, top, renormalise))
+    }
+
+    fn mix(&self, count: usize, parts: &[(Picks, Tensor)]) -> Result<Tensor> {
+        let width = parts.first().map_or(Ok(0), |(_, x)| x.dim(1))?;
+        let mut y = Tensor::zeros((count, width), self.dtype, &self.device)?;
+        for (picks, x) in parts {
+            let tokens: Vec<u32> = picks.tokens.iter().map(|&token| token as u32).collect();
+            let shares = Tensor::from_slice(&picks.shares, (tokens.len(), 1), &self.device)?;
+            let x = x.to_dtype(DType::F32)?.broadcast_mul(&shares)?.to_dtype(self.dtype)?;
+            y = y.index_add(&Tensor::new(tokens, &self.device)?, &x, 0)?;
+        }
+        Ok(y)
+    }
+
     fn angles(&self, rows: &[(&Rope, Range<usize>)]) -> Result<Angles> {
         let pairs = rows.first().map_or(0, |(rope, _)| rope.inv_freq.len());
         let table = |function: fn(f64) -> f64| -> Result<Tensor> {
@@ -366,6 +383,29 @@ mod tests {
         close(&values(ops().norm(&norm(NormKind::Rms, None), &x).unwrap()), &[0.4264014, 2.5584085, -0.942809, 1.885618]);
         let layer = values(ops().norm(&norm(NormKind::Layer, Some(&[0.25, -1.0])), &x).unwrap());
         close(&layer, &[-0.5664966, 0.6329932, -0.692809, 0.885618]);
+    }
+
+    #[test]
+    fn norms_of_parts() {
+        let norm = Norm { kind: NormKind::RmsOnce, weight: ops().vector(&[1.0, 2.0, 3.0, 4.0]).unwrap(), bias: None, eps: 0.5 };
+        let x = act(&[9.0, 1.0, 3.0, -2.0, 2.0, 7.0], 6);
+        let found = values(ops().norm_part(&norm, x.clone(), 1, 2).unwrap());
+        close(&found, &[9.0, 0.4264014, 2.5584085, -2.8284271, 3.771236, 7.0]);
+        // The four together: a root of 4.5 + 0.5.
+        let found = values(ops().norm_part(&norm, x, 1, 4).unwrap());
+        close(&found, &[9.0, 0.4472136, 2.6832816, -2.6832816, 3.5777088, 7.0]);
+    }
+
+    #[test]
+    fn experts_are_chosen_and_mixed() {
+        let logits = act(&[0.0, 2.0f32.ln(), 5.0f32.ln(), 0.0, 0.0, -9.0], 3);
+        let picks = ops().route(&logits, 2, false).unwrap();
+        assert_eq!(picks.iter().map(|picks| picks.tokens.clone()).collect::<Vec<_>>(), [vec![1], vec![0, 1], vec![0]]);
+        close(&picks[1].shares, &[0.25, 0.4999692]);
+        close(&ops().route(&logits, 2, true).unwrap()[1].shares, &[2.0 / 7.0, 0.5]);
+        let part = |tokens: &[usize], shares: &[f32], x: &[f32]| (Picks { tokens: tokens.into(), shares: shares.into() }, act(x, 2));
+        let parts = [part(&[0, 2], &[0.5, 2.0], &[2.0, 4.0, 1.0, -1.0]), part(&[2], &[1.0], &[10.0, 20.0])];
+        assert_eq!(values(ops().mix(3, &parts).unwrap()), [1.0, 2.0, 0.0, 0.0, 12.0, 18.0]);
     }
 
     #[test]

@@ -5,6 +5,9 @@
 
 pub(crate) mod candle;
 pub(crate) mod cpu;
+mod route;
+
+pub(crate) use route::Picks;
 
 use crate::{
     error::Result,
@@ -58,6 +61,12 @@ pub(crate) trait Ops: Send + Sync + 'static {
     fn activate(&self, activation: Activation, x: Self::Act) -> Result<Self::Act>;
     /// `activation(gate) * up`, where each token of `x` is `[gate | up]`.
     fn gate(&self, activation: Activation, x: Self::Act) -> Result<Self::Act>;
+    /// Which experts each token goes to: those with the `top` largest values of the softmax of `logits`, `(tokens, experts)`, which
+    /// are their shares, or with `renormalise` these divided by their sum. One entry for each expert.
+    fn route(&self, logits: &Self::Act, top: usize, renormalise: bool) -> Result<Vec<Picks>>;
+    /// The sum of the outputs of experts, each with the tokens it has and their shares, for each of `count` tokens, in the order of
+    /// `parts`.
+    fn mix(&self, count: usize, parts: &[(Picks, Self::Act)]) -> Result<Self::Act>;
     /// The rotary angles of a pass: each row's rotation and the positions of its new tokens. All turn equally many pairs.
     fn angles(&self, rows: &[(&Rope, Range<usize>)]) -> Result<Self::Angles>;
     /// Causal self-attention. Each token of `qkv` is `[heads * head_dim | kv_heads * head_dim | kv_heads * head_dim]`.

@@ -328,7 +328,8 @@ struct Ends {
 fn ends(spec: &DecoderSpec, weights: &Weights) -> Result<Ends> {
     let (Head::Own(linear) | Head::Tied(linear)) = spec.head;
     // HF: GPT-NeoX's head is called `embed_out` in files, but `lm_head` by 5.x itself.
-    let name = if weights.contains(&format!("{}.weight", linear.name)) { linear.name } else { "lm_head" };
+    let there = |name: &&str| weights.contains(&format!("{name}.weight"));
+    let name = [linear.name, "lm_head"].into_iter().find(there).unwrap_or(linear.name);
     let (table, bias) = (spec.embedding, linear.bias.then_some(name));
     if let Head::Own(_) = spec.head {
         return Ok(Ends { table, head: Some(name), bias });

@@ -127,6 +127,19 @@ impl Fields {
         }
     }
 
+    /// A list of whole numbers, zero included, if it is there and not null.
+    pub fn numbers(&self, name: &str) -> Result<Option<Vec<usize>>> {
+        let number = |value: &Value| value.as_u64().and_then(|number| usize::try_from(number).ok());
+        match self.map.get(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => value
+                .as_array()
+                .and_then(|list| list.iter().map(number).collect())
+                .map(Some)
+                .ok_or_else(|| self.error(name, value, "a list of whole numbers is accepted")),
+        }
+    }
+
     /// A list of strings, if it is there and not null.
     pub fn texts(&self, name: &str) -> Result<Option<Vec<&str>>> {
         match self.map.get(name) {

@@ -8,6 +8,8 @@ use crate::{
     model::{Cache, Context, Feed, Model, ModelInfo, Room, Start, Values, Want},
 };
 use candle_core::{DType, Device};
+use safetensors::Dtype;
+use serde_json::{Value, json};
 use std::path::Path;
 
 const IDS: [u32; 11] = [5, 60, 0, 17, 17, 33, 2, 48, 9, 21, 40];
@@ -21,11 +23,26 @@ struct Case {
 
 /// Every family over all operations.
 fn cases() -> impl Iterator<Item = Case> {
-    tiny::FAMILIES.into_iter().flat_map(|family| {
-        let folder = tiny::folder(family);
-        let case = |model, tolerance| Case { name: family.to_owned(), model, tolerance };
-        [case(open(CandleOps::new(Device::Cpu, DType::F32), folder.path()), 2e-5), case(open(CpuOps::new(), folder.path()), 0.0)]
-    })
+    tiny::FAMILIES.into_iter().flat_map(|family| both(family, json!({})))
+}
+
+/// A family with some fields changed, over all operations.
+fn both(family: &str, changes: Value) -> [Case; 2] {
+    let mut config = tiny::config(family);
+    config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    let folder = tiny::write(&config, Dtype::F32);
+    let case = |model, tolerance| Case { name: family.to_owned(), model, tolerance };
+    [case(open(CandleOps::new(Device::Cpu, DType::F32), folder.path()), 2e-5), case(open(CpuOps::new(), folder.path()), 0.0)]
+}
+
+/// A model whose rows turn otherwise, all their tokens, past 8 positions.
+fn crossing() -> [Case; 2] {
+    both("phi3", json!({"original_max_position_embeddings": 8}))
+}
+
+/// A model whose rows turn more slowly the longer they are, past 8 positions.
+fn dynamic() -> [Case; 2] {
+    both("llama", json!({"max_position_embeddings": 8, "rope_scaling": {"type": "dynamic", "factor": 4.0}}))
 }
 
 fn open<O: Ops>(ops: O, folder: &Path) -> Box<dyn Model> {
@@ -101,6 +118,93 @@ fn wanting_nothing_fills_the_cache() {
         let forward = case.model.forward(&mut [Feed { tokens: &IDS[..6], cache: &mut *cache }], Want::Nothing).unwrap();
         assert!(matches!(forward.logits, Values::Nothing) && matches!(forward.hidden, Values::Nothing));
         case.same(&case.feed(&mut cache, &IDS[6..], Want::Last), &case.last(&IDS));
+    }
+}
+
+#[test]
+fn a_row_that_crosses_equals_a_fresh_one() {
+    for case in crossing() {
+        let mut cache = case.start(Room::Reserve(11));
+        for len in 1..=IDS.len() {
+            case.same(&case.feed(&mut cache, &IDS[len - 1..len], Want::Last), &case.last(&IDS[..len]));
+            assert_eq!(cache.len(), len);
+        }
+        // Up, down, down to nothing, and up again; forks stay where they were.
+        let mut steps = vec![(10, 1), (5, 2), (7, 1), (8, 1), (8, 3), (0, 4), (4, 7)];
+        while let Some((len, count)) = steps.pop() {
+            let mut other = cache.fork();
+            cache.truncate(len.min(cache.len())).unwrap();
+            let held = cache.len();
+            case.same(&case.feed(&mut cache, &IDS[held..][..count.min(11 - held)], Want::Last), &case.last(&IDS[..(held + count).min(11)]));
+            let len = other.len();
+            if len < IDS.len() {
+                case.same(&case.feed(&mut other, &IDS[len..], Want::Last), &case.last(&IDS));
+            }
+        }
+        let short = case.last(&IDS[..8]);
+        let long = &case.whole(&IDS)[7 * 61..8 * 61];
+        assert!(short.iter().zip(long).any(|(a, b)| (a - b).abs() > 1e-3), "crossing changes nothing");
+    }
+}
+
+#[test]
+fn rows_that_cross_do_not_touch_others() {
+    for case in crossing() {
+        let lens = [3, 8, 7, 9];
+        let begin = |len: usize| {
+            let mut cache = case.start(Room::Grow);
+            case.feed(&mut cache, &IDS[..len], Want::Nothing);
+            cache
+        };
+        for want in [Want::Last, Want::All, Want::Each(&[2, 1, 0, 2]), Want::Hidden] {
+            let mut caches = lens.map(begin);
+            let mut feeds = Vec::new();
+            for (cache, len) in caches.iter_mut().zip(lens) {
+                feeds.push(Feed { tokens: &IDS[len..len + 2], cache: &mut **cache });
+            }
+            let forward = case.model.forward(&mut feeds, want).unwrap();
+            let (mut logits, mut hidden) = (Vec::new(), Vec::new());
+            for (row, len) in lens.into_iter().enumerate() {
+                let mut cache = begin(len);
+                let counts = [[2, 1, 0, 2][row]];
+                let want = if let Want::Each(_) = want { Want::Each(&counts) } else { want };
+                let forward = case.model.forward(&mut [Feed { tokens: &IDS[len..len + 2], cache: &mut *cache }], want).unwrap();
+                logits.extend(forward.logits.into_host().unwrap());
+                hidden.extend(forward.hidden.into_host().unwrap());
+            }
+            case.same(&forward.logits.into_host().unwrap(), &logits);
+            let found = forward.hidden.into_host().unwrap();
+            assert_eq!(found.len(), if want == Want::Hidden { 8 * 32 } else { 0 });
+            case.same(&found, &hidden);
+            assert_eq!(caches.map(|cache| cache.len()), [5, 10, 9, 11]);
+        }
+    }
+}
+
+#[test]
+fn a_prompt_in_chunks_is_rotated_by_its_whole_length() {
+    for case in crossing().into_iter().chain(dynamic()) {
+        for len in [6, 8, 9, 11] {
+            let start = Start { len, ..Start::default() };
+            let mut cache = case.model.start(&[start]).unwrap().remove(0);
+            let chunks: Vec<f32> = IDS[..len].chunks(3).flat_map(|ids| case.feed(&mut cache, ids, Want::All)).collect();
+            case.same(&chunks, &case.whole(&IDS[..len]));
+            // Cut short, the row is no longer known to become so long.
+            cache.truncate(0).unwrap();
+            case.same(&case.feed(&mut cache, &IDS[..4], Want::Last), &case.last(&IDS[..4]));
+        }
+    }
+}
+
+#[test]
+fn dynamic_rows_leave_their_keys_as_they_were_written() {
+    for case in dynamic() {
+        let mut cache = case.start(Room::Grow);
+        let steps: Vec<Vec<f32>> = IDS.iter().map(|&id| case.feed(&mut cache, &[id], Want::Last)).collect();
+        for len in 1..=8 {
+            case.same(&steps[len - 1], &case.last(&IDS[..len]));
+        }
+        assert!(steps[10].iter().zip(case.last(&IDS)).any(|(a, b)| (a - b).abs() > 1e-4));
     }
 }
 

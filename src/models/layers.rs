@@ -16,10 +16,18 @@ pub(crate) struct Layer<O: Ops> {
     residual: Residual<Norm<O::Vector>>,
     /// Queries, keys and values stacked, so that they are one product.
     qkv: O::Weight,
-    /// Of queries and keys, each with its first column and the columns that it takes together.
-    qk_norms: Vec<(Norm<O::Vector>, usize, usize)>,
+    qk_norms: Vec<QkNorm<O>>,
     out: O::Weight,
     mlp: Mlp<O>,
+}
+
+/// The norm of queries or of keys.
+struct QkNorm<O: Ops> {
+    norm: Norm<O::Vector>,
+    /// The first of its columns among queries, keys and values.
+    first: usize,
+    /// The columns that it takes together.
+    group: usize,
 }
 
 enum Mlp<O: Ops> {
@@ -34,6 +42,14 @@ enum Mlp<O: Ops> {
         activation: Activation,
         down: O::Weight,
     },
+    /// Gate and up stacked, and down, of each expert.
+    Routed {
+        router: O::Weight,
+        top: usize,
+        renormalise: bool,
+        activation: Activation,
+        experts: Vec<[O::Weight; 2]>,
+    },
 }
 
 impl<O: Ops> Layer<O> {
@@ -47,7 +63,7 @@ impl<O: Ops> Layer<O> {
             Residual::Post { .. } | Residual::Summed { .. } => None,
         };
         let mut qkv = ops.linear(&self.qkv, normed.as_ref().unwrap_or(x))?;
-        for (norm, first, group) in &self.qk_norms {
+        for QkNorm { norm, first, group } in &self.qk_norms {
             qkv = ops.norm_part(norm, qkv, *first, *group)?;
         }
         ops.attend(&self.attention, index, qkv, angles, rows)
@@ -97,6 +113,21 @@ impl<O: Ops> Mlp<O> {
         match self {
             Self::Plain { up, activation, down } => ops.linear(down, &ops.activate(*activation, ops.linear(up, x)?)?),
             Self::Gated { gate_up, activation, down } => ops.linear(down, &ops.gate(*activation, ops.linear(gate_up, x)?)?),
+            Self::Routed { router, top, renormalise, activation, experts } => {
+                let logits = ops.linear(router, x)?;
+                let (mut count, mut parts) = (0, Vec::new());
+                for (picks, [gate_up, down]) in ops.route(&logits, *top, *renormalise)?.into_iter().zip(experts) {
+                    if let Some(&last) = picks.tokens.last() {
+                        let own = ops.select(x, &picks.tokens)?;
+                        let y = ops.linear(down, &ops.gate(*activation, ops.linear(gate_up, &own)?)?)?;
+                        count = count.max(last + 1);
+                        parts.push((picks, y));
+                    }
+                }
+                // Every token has an expert, so the last token that one has is the last of all. Parts are in the order of the experts:
+                // a token's sum has the same order in any company.
+                ops.mix(count, &parts)
+            }
         }
     }
 }
@@ -144,14 +175,21 @@ impl<'a, O: Ops> Loader<'a, O> {
             Qkv::Fused(qkv) => self.stack(name, &[(qkv, width + 2 * kv_width)], spec.hidden)?,
             Qkv::Grouped(qkv) => self.grouped(name, qkv, attention)?,
         };
-        let mlp = match spec.mlp {
-            spec::Mlp::Plain { up, down, inner, activation } => Mlp::Plain {
+        let routed = spec.experts.as_ref().filter(|experts| experts.layers.get(index) == Some(&true));
+        let mlp = match (routed, spec.mlp) {
+            (Some(experts), _) => self.experts(name, experts)?,
+            (None, spec::Mlp::Plain { up, down, inner, activation }) => Mlp::Plain {
                 up: self.stack(name, &[(up, inner)], spec.hidden)?,
                 activation,
                 down: self.stack(name, &[(down, spec.hidden)], inner)?,
             },
-            spec::Mlp::Gated { gate, up, down, inner, activation } => Mlp::Gated {
+            (None, spec::Mlp::Gated { gate, up, down, inner, activation }) => Mlp::Gated {
                 gate_up: self.stack(name, &[(gate, inner), (up, inner)], spec.hidden)?,
+                activation,
+                down: self.stack(name, &[(down, spec.hidden)], inner)?,
+            },
+            (None, spec::Mlp::GatedFused { gate_up, down, inner, activation }) => Mlp::Gated {
+                gate_up: self.stack(name, &[(gate_up, 2 * inner)], spec.hidden)?,
                 activation,
                 down: self.stack(name, &[(down, spec.hidden)], inner)?,
             },
@@ -166,6 +204,20 @@ impl<'a, O: Ops> Loader<'a, O> {
         })
     }
 
+    fn experts(&mut self, name: impl Fn(&str) -> String + Copy, experts: &spec::Experts) -> Result<Mlp<O>> {
+        let (hidden, inner) = (self.spec.hidden, experts.inner);
+        let linear = |name| Linear { name, bias: false };
+        let router = self.stack(name, &[(linear(experts.router), experts.count)], hidden)?;
+        let mut weights = Vec::new();
+        for number in 0..experts.count {
+            let name = |part: &str| name(&format!("{}{number}.{part}", experts.expert));
+            let gate_up = self.stack(name, &[(linear(experts.gate), inner), (linear(experts.up), inner)], hidden)?;
+            weights.push([gate_up, self.stack(name, &[(linear(experts.down), hidden)], inner)?]);
+        }
+        let &spec::Experts { top, renormalise, activation, .. } = experts;
+        Ok(Mlp::Routed { router, top, renormalise, activation, experts: weights })
+    }
+
     /// A matrix of `outputs` times `inputs`, with the bias of that name: a table with a vector for each output, a head, a
     /// projection outside of the layers.
     pub fn matrix(&mut self, name: &str, outputs: usize, inputs: usize, bias: Option<&str>) -> Result<O::Weight> {
@@ -178,19 +230,19 @@ impl<'a, O: Ops> Loader<'a, O> {
         self.norm_of(self.spec.norm, &[name.to_owned()], self.spec.hidden, 1)
     }
 
-    fn qk_norms(&self, name: impl Fn(&str) -> String, attention: &Attention) -> Result<Vec<(Norm<O::Vector>, usize, usize)>> {
+    fn qk_norms(&self, name: impl Fn(&str) -> String, attention: &Attention) -> Result<Vec<QkNorm<O>>> {
         let Some(spec::QkNorm { query, key, norm, extent }) = self.spec.qk_norm else { return Ok(Vec::new()) };
         let Attention { heads, kv_heads, head_dim, .. } = *attention;
-        let part = |part, first: usize, heads: usize| -> Result<_> {
+        let part = |part, first: usize, heads: usize| {
             let name = name(part);
             let (names, group, times) = match extent {
                 Extent::Head => (vec![name], head_dim, heads),
                 Extent::OwnHead => ((0..heads).map(|head| format!("{name}.{head}")).collect(), head_dim, 1),
                 Extent::Token => (vec![name], heads * head_dim, 1),
             };
-            Ok((self.norm_of(norm, &names, group, times)?, first * head_dim, group))
+            Ok(QkNorm { norm: self.norm_of(norm, &names, group, times)?, first: first * head_dim, group })
         };
-        Ok(vec![part(query, 0, heads)?, part(key, heads, kv_heads)?])
+        [part(query, 0, heads), part(key, heads, kv_heads)].into_iter().collect()
     }
 
     /// The parameters of norms of `len` values one after another, and that `times` times.

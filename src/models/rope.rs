@@ -27,7 +27,7 @@ impl Rotation {
             Self::Fixed(rope) => Cow::Borrowed(rope),
             Self::Dynamic { short, theta, factor, dim, trained } if len > *trained => {
                 let stretch = *factor as f32 * len as f32 / *trained as f32 - (factor - 1.0) as f32;
-                let power = f64::from(stretch).powf(f64::from((*dim as f64 / (*dim as f64 - 2.0)) as f32));
+                let power = f64::from(stretch).powf(*dim as f64 / (*dim as f64 - 2.0));
                 Cow::Owned(Rope { inv_freq: inv_freq(f64::from(*theta as f32 * power as f32), *dim), scale: short.scale })
             }
             Self::Dynamic { short, .. } => Cow::Borrowed(short),
@@ -72,13 +72,13 @@ pub(crate) fn rope(config: &Fields, heads: Heads) -> Result<Rotation> {
     rotation(config, fields.as_ref(), Heads { theta: config.positive("rope_theta", heads.theta)?, partial, ..heads })
 }
 
-/// The rotation that `fields`, a part of `config`, ask for.
+/// The rotation that `fields`, a part of `config`, ask for; what they leave out is as `heads` say.
 pub(crate) fn rotation(config: &Fields, fields: Option<&Fields>, heads: Heads) -> Result<Rotation> {
     let Heads { trained, .. } = heads;
-    let inner = fields.unwrap_or(config);
-    let theta = inner.positive("rope_theta", heads.theta)?;
+    let own = |name, default| fields.map_or(Ok(default), |fields| fields.positive(name, default));
+    let theta = own("rope_theta", heads.theta)?;
     let dim = match heads.partial {
-        Some(partial) => (heads.dim as f64 * inner.positive("partial_rotary_factor", partial)?) as usize,
+        Some(partial) => (heads.dim as f64 * own("partial_rotary_factor", partial)?) as usize,
         None => heads.dim,
     };
     // HF: an odd number of dimensions is rounded up to whole pairs.
@@ -219,13 +219,13 @@ fn longrope(fields: &Fields, theta: f64, dim: usize, trained: usize, original: u
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::*;
+    use super::{rope as rope_of, *};
     use serde_json::{Value, json};
 
     const HEADS: Heads = Heads { dim: 8, partial: None, theta: 10_000.0, trained: 64, original: None };
 
     fn of(config: Value) -> Result<Rotation> {
-        rope(&Fields::new(config.as_object().unwrap().clone()), HEADS)
+        rope_of(&Fields::new(config.as_object().unwrap().clone()), HEADS)
     }
 
     #[track_caller]
@@ -273,6 +273,64 @@ mod tests {
     }
 
     #[test]
+    fn dynamic_follows_the_length() {
+        let rope = of(json!({"rope_scaling": {"type": "dynamic", "factor": 3.0}})).unwrap();
+        let at = |len: usize| rope.at(len).inv_freq.clone();
+        assert_eq!(at(64), [1.0, 0.1, 0.01, 0.001]);
+        assert_eq!(at(65), [1.0, 0.09848461, 0.009699219, 0.00095522386]);
+        assert_eq!(at(200), [1.0, 0.051374312, 0.0026393195, 0.00013559323]);
+        assert_eq!(rope.crossing(), None);
+        let message = of(json!({"rope_scaling": {"type": "dynamic", "factor": 0.5}})).unwrap_err().to_string();
+        assert_eq!(message, "cannot load config.json: factor = 0.5: a number from 1 is accepted");
+        let narrow = Fields::new(json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}}).as_object().unwrap().clone());
+        assert!(rope_of(&narrow, Heads { dim: 2, ..HEADS }).is_err());
+    }
+
+    #[test]
+    fn longrope() {
+        let mut fields = json!({"rope_type": "longrope", "original_max_position_embeddings": 16});
+        fields["short_factor"] = json!([1.0, 1.1, 1.3, 1.7]);
+        fields["long_factor"] = json!([1.5, 2.5, 5.0, 9.0]);
+        let rope = of(json!({"rope_scaling": fields})).unwrap();
+        assert_eq!(rope.crossing(), Some(16));
+        let short = Rope { inv_freq: vec![1.0, 0.09090909, 0.0076923077, 0.00058823527], scale: 1.2247449 };
+        let long = Rope { inv_freq: vec![0.6666667, 0.04, 0.002, 0.00011111111], scale: 1.2247449 };
+        assert_eq!([16, 17].map(|len| rope.at(len).into_owned()), [short, long]);
+        let scale = |field: &str, value: f64| {
+            let mut fields = fields.clone();
+            fields[field] = json!(value);
+            of(json!({"rope_parameters": fields})).unwrap().at(1).scale
+        };
+        assert_eq!((scale("factor", 8.0), scale("factor", 0.5), scale("attention_factor", 1.25)), (1.3228756, 1.0, 1.25));
+        for kind in ["su", "yarn"] {
+            fields["rope_type"] = json!(kind);
+            assert_eq!(of(json!({"rope_scaling": fields})).unwrap(), rope);
+        }
+        fields["long_factor"] = json!([1.5, 2.5]);
+        let message = of(json!({"rope_scaling": fields})).unwrap_err().to_string();
+        assert_eq!(message, "cannot load config.json: long_factor = [1.5,2.5]: a list of 4 numbers is accepted");
+    }
+
+    #[test]
+    fn heads_may_turn_in_part() {
+        let part = |partial, config: Value| {
+            let fields = Fields::new(config.as_object().unwrap().clone());
+            rope_of(&fields, Heads { partial, theta: 500.0, ..HEADS }).map(|rope| rope.at(1).inv_freq.clone())
+        };
+        let frequencies = [1.0, 0.1259921, 0.01587401];
+        assert_eq!(part(Some(0.75), json!({})).unwrap(), frequencies);
+        assert_eq!(part(Some(1.0), json!({"partial_rotary_factor": 0.75})).unwrap(), frequencies);
+        let nested = json!({"partial_rotary_factor": 0.5, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75}});
+        assert_eq!(part(Some(1.0), nested.clone()).unwrap(), frequencies);
+        assert_eq!(part(None, nested).unwrap().len(), 4);
+        // 5 of 8 dimensions are 3 pairs.
+        assert_eq!(part(Some(0.625), json!({})).unwrap().len(), 3);
+        for partial in [0.1, 1.2] {
+            assert!(part(Some(partial), json!({})).is_err());
+        }
+    }
+
+    #[test]
     fn what_is_not_known_is_refused() {
         let message = |config| of(config).unwrap_err().to_string();
         assert_eq!(
@@ -292,6 +350,6 @@ mod tests {
         assert!(of(json!({"rope_scaling": fields})).is_err());
         fields["high_freq_factor"] = json!(5.0);
         assert!(of(json!({"rope_scaling": fields})).is_ok());
-        assert!(rope(&Fields::new(Default::default()), Heads { dim: 7, ..HEADS }).is_err());
+        assert!(rope_of(&Fields::new(Default::default()), Heads { dim: 7, ..HEADS }).is_err());
     }
 }

@@ -34,6 +34,8 @@ pub(crate) struct DecoderSpec {
     pub qk_norm: Option<QkNorm>,
     pub out: Linear,
     pub mlp: Mlp,
+    /// Routed experts, which some layers have instead of `mlp`.
+    pub experts: Option<Experts>,
     pub norm: Norm,
     pub residual: Residual,
     pub final_norm: Option<&'static str>,
@@ -128,6 +130,28 @@ pub(crate) enum Mlp {
     Plain { up: Linear, down: Linear, inner: usize, activation: Activation },
     /// `down(activation(gate(x)) * up(x))`
     Gated { gate: Linear, up: Linear, down: Linear, inner: usize, activation: Activation },
+    /// The same, gate and up stacked in one tensor.
+    GatedFused { gate_up: Linear, down: Linear, inner: usize, activation: Activation },
+}
+
+/// Gated feed-forward parts of which each token uses a few: `sum(share * expert(x))`.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Experts {
+    /// Whether a layer has them.
+    pub layers: Vec<bool>,
+    pub router: &'static str,
+    /// What an expert's tensors start with, before its number.
+    pub expert: &'static str,
+    pub gate: &'static str,
+    pub up: &'static str,
+    pub down: &'static str,
+    pub count: usize,
+    /// How many a token uses: those with the largest softmax of the router's output, which is their share.
+    pub top: usize,
+    /// Whether the shares of the chosen are made to sum to 1.
+    pub renormalise: bool,
+    pub inner: usize,
+    pub activation: Activation,
 }
 
 /// The kind of all norms of a model.

@@ -14,7 +14,7 @@ use std::{collections::BTreeMap, path::Path};
 use tempfile::TempDir;
 
 /// One of each family, and of each variant that is computed differently.
-pub(crate) const FAMILIES: [&str; 19] = [
+pub(crate) const FAMILIES: [&str; 28] = [
     "gpt2",
     "gpt_neox",
     "gpt_neox-serial",
@@ -32,8 +32,17 @@ pub(crate) const FAMILIES: [&str; 19] = [
     "stablelm-norms",
     "starcoder2",
     "llama",
+    "mistral",
     "qwen2",
+    "qwen3",
+    "gemma",
     "gemma2",
+    "gemma3_text",
+    "phi3",
+    "smollm3",
+    "olmo2",
+    "mixtral",
+    "qwen3_moe",
 ];
 
 /// Tensors by name, with shape and values.
@@ -52,11 +61,10 @@ pub(crate) fn write(config: &Value, dtype: Dtype) -> TempDir {
     folder
 }
 
-/// 61 ids, 3 layers, 32 dimensions; windows of 4 or 5 where the family has windows.
+/// 61 ids, 3 layers, 32 dimensions; windows of 4 where the family has windows, of 6 where all layers have them.
 pub(crate) fn config(family: &str) -> Value {
     let (model_type, variant) = family.split_once('-').unwrap_or((family, ""));
-    let mut config = sizes(model_type);
-    let changes = match (model_type, variant) {
+    let more = match (model_type, variant) {
         ("gpt_neox", "serial") => json!({"use_parallel_residual": false}),
         ("opt", "post") => json!({"do_layer_norm_before": false, "word_embed_proj_dim": 24}),
         ("bloom", "normed") => json!({"apply_residual_connection_post_layernorm": true}),
@@ -64,26 +72,32 @@ pub(crate) fn config(family: &str) -> Value {
         ("falcon", "alibi") => json!({"alibi": true, "multi_query": false, "parallel_attn": false, "bias": true}),
         ("stablelm", "parallel") => json!({"use_parallel_residual": true, "use_qkv_bias": true}),
         ("phi" | "stablelm", "norms") => json!({"qk_layernorm": true}),
+        ("starcoder2" | "mistral", _) => json!({"sliding_window": 6}),
+        ("gemma3_text", _) => json!({"sliding_window_pattern": 2, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        ("phi3", _) => json!({
+            "sliding_window": 6, "original_max_position_embeddings": 20, "partial_rotary_factor": 0.75,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [2.0, 4.0, 8.0]},
+        }),
+        ("smollm3", _) => json!({"no_rope_layer_interval": 2}),
+        ("mixtral", _) => json!({"sliding_window": 6, "num_local_experts": 4}),
+        ("qwen3_moe", _) => json!({
+            "sliding_window": 6, "num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "mlp_only_layers": [1],
+        }),
         _ => json!({}),
     };
-    config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-    config
-}
-
-fn sizes(model_type: &str) -> Value {
-    match model_type {
+    let mut config = match model_type {
         "gpt2" => json!({"model_type": "gpt2", "vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 40}),
         "bloom" => json!({"model_type": "bloom", "vocab_size": 61, "hidden_size": 36, "n_layer": 3, "n_head": 6}),
-        "starcoder2" => json!({
-            "model_type": "starcoder2", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 40, "sliding_window": 5,
-        }),
         _ => json!({
             "model_type": model_type, "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "ffn_dim": 48, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 40,
             "query_pre_attn_scalar": 8, "use_sliding_window": true, "sliding_window": 4, "max_window_layers": 1,
         }),
+    };
+    if let (Some(config), Value::Object(more)) = (config.as_object_mut(), more) {
+        config.extend(more);
     }
+    config
 }
 
 /// The tensors that a config asks for, with the same random values each time.
@@ -168,8 +182,24 @@ impl Random {
             Mlp::Gated { gate, up, down, inner, .. } => {
                 linears.extend([(gate, inner, spec.hidden), (up, inner, spec.hidden), (down, spec.hidden, inner)]);
             }
+            Mlp::GatedFused { gate_up, down, inner, .. } => {
+                linears.extend([(gate_up, 2 * inner, spec.hidden), (down, spec.hidden, inner)]);
+            }
         }
         let prefix = format!("{}{}{index}.", spec.base, spec.layer);
+        if let Some(experts) = spec.experts.as_ref().filter(|experts| experts.layers[index]) {
+            // Beside the dense part, which is not read then.
+            self.add(format!("{prefix}{}.weight", experts.router), vec![experts.count, spec.hidden]);
+            for expert in 0..experts.count {
+                for (name, shape) in [
+                    (experts.gate, [experts.inner, spec.hidden]),
+                    (experts.up, [experts.inner, spec.hidden]),
+                    (experts.down, [spec.hidden, experts.inner]),
+                ] {
+                    self.add(format!("{prefix}{}{expert}.{name}.weight", experts.expert), shape.to_vec());
+                }
+            }
+        }
         for (Linear { name, bias }, outputs, inputs) in linears {
             let shape = if spec.layout == Layout::Conv1d { [inputs, outputs] } else { [outputs, inputs] };
             self.add(format!("{prefix}{name}.weight"), shape.to_vec());

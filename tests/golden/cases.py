@@ -49,6 +49,18 @@ def far():
     yield Case("far", [300], dict(max_new_tokens=12, repetition_penalty=1.6))
 
 
+def crossing():
+    """For rotations that change past 24 positions: rows before, at and past it, and those that cross it."""
+    yield Case("plain", [7], dict(max_new_tokens=6), full=True)
+    yield Case("batch", [3, 9, 1, 5], dict(max_new_tokens=8), padded=True)
+    yield Case("crosses", [10], dict(max_new_tokens=30))
+    yield Case("crosses_from_everywhere", [20, 3, 23, 24, 25], dict(max_new_tokens=8))
+    yield Case("long_prompt", [40, 30], dict(max_new_tokens=6))
+    yield Case("combined", [18, 22], lambda p, _: dict(max_new_tokens=12, repetition_penalty=1.3, suppress_tokens=[p[1]]))
+    yield Case("use_cache_false", [20], dict(max_new_tokens=10, use_cache=False), idle=["use_cache"])
+    yield Case("sample", [30], dict(max_new_tokens=1, do_sample=True, temperature=0.8, top_k=12, top_p=0.8))
+
+
 def full():
     """Every processor alone and in company, and every way to set a length."""
     yield from short()
@@ -325,4 +337,4 @@ def story():
     yield tell("sample", dict(max_new_tokens=1, do_sample=True, temperature=1.2, top_k=20, top_p=0.9))
 
 
-SUITES = dict(short=short, varied=varied, far=far, full=full, sampling_file=sampling_file, story=story)
+SUITES = dict(short=short, varied=varied, far=far, crossing=crossing, full=full, sampling_file=sampling_file, story=story)

@@ -121,6 +121,50 @@ STARCODER2 = dict(
 )  # fmt: skip
 ROPE_SLOW = dict(rope_parameters=dict(rope_type="default", rope_theta=10.0, partial_rotary_factor=0.5))
 
+SMALL = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=2, pad_token_id=0, rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+)  # fmt: skip
+MISTRAL = SMALL | dict(model_type="mistral", vocab_size=104, head_dim=12, sliding_window=6)
+QWEN3 = SMALL | dict(
+    model_type="qwen3", vocab_size=106, head_dim=12, tie_word_embeddings=True,
+    rope_parameters=dict(rope_type="default", rope_theta=1000000.0),
+)  # fmt: skip
+GEMMA = SMALL | dict(model_type="gemma", vocab_size=103, head_dim=12, num_key_value_heads=1, bos_token_id=2, eos_token_id=1)
+GEMMA3 = SMALL | dict(
+    model_type="gemma3_text", vocab_size=107, head_dim=12, num_hidden_layers=3, query_pre_attn_scalar=20, sliding_window=8,
+    sliding_window_pattern=3, bos_token_id=2, eos_token_id=1,
+    rope_parameters=dict(
+        sliding_attention=dict(rope_type="default", rope_theta=100.0),
+        full_attention=dict(rope_type="linear", rope_theta=10000.0, factor=4.0),
+    ),
+)  # fmt: skip
+PHI3 = SMALL | dict(
+    model_type="phi3", vocab_size=109, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=96,
+    original_max_position_embeddings=24,
+    rope_parameters=dict(
+        rope_type="longrope", rope_theta=10000.0, partial_rotary_factor=0.75,
+        short_factor=[1.0, 1.05, 1.1, 1.2, 1.4, 1.6], long_factor=[1.3, 1.8, 2.5, 4.0, 8.0, 16.0],
+    ),
+)  # fmt: skip
+LLAMA_DYNAMIC = SMALL | dict(
+    model_type="llama", vocab_size=102, max_position_embeddings=24,
+    rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, factor=4.0),
+)  # fmt: skip
+SMOLLM3 = SMALL | dict(
+    model_type="smollm3", vocab_size=105, num_hidden_layers=3, no_rope_layer_interval=2, tie_word_embeddings=True,
+    rope_parameters=dict(rope_type="default", rope_theta=2000000.0),
+)  # fmt: skip
+OLMO2 = SMALL | dict(model_type="olmo2", vocab_size=108)
+MIXTRAL = SMALL | dict(
+    model_type="mixtral", vocab_size=104, intermediate_size=20, num_local_experts=5, num_experts_per_tok=2,
+    rope_parameters=dict(rope_type="default", rope_theta=1000000.0),
+)  # fmt: skip
+QWEN3_MOE = SMALL | dict(
+    model_type="qwen3_moe", vocab_size=101, num_hidden_layers=3, head_dim=8, intermediate_size=40, num_experts=5,
+    num_experts_per_tok=3, moe_intermediate_size=16, mlp_only_layers=[1], norm_topk_prob=False,
+)  # fmt: skip
+
 # What a family's random parameters look like: name pattern -> (mean, standard deviation). Matrices that no pattern
 # names get 1.6 / sqrt(inputs), so that activations keep their size and every layer matters.
 SCALES = {
@@ -135,16 +179,26 @@ SCALES = {
     "gemma2": [
         (r"embed_tokens", 0, 0.18), (r"post_.*norm.weight", 4.0, 0.5), (r"model.norm.weight", 2.2, 0.2), (r"norm.weight", 0.0, 0.2),
     ],
+    "gemma": [(r"embed_tokens", 0, 0.18), (r"model.norm.weight", 0.6, 0.2), (r"norm.weight", 0.0, 0.2)],
+    "gemma3": [
+        (r"embed_tokens", 0, 0.18), (r"post_.*norm.weight", 3.0, 0.5), (r"model.norm.weight", 1.5, 0.2), (r"norm.weight", 0.0, 0.2),
+    ],
+    "olmo2": [(r"embed_tokens", 0, 0.7), (r"lm_head", 0, 0.5), (r"[qk]_norm.weight", 1.3, 0.3)],
 }  # fmt: skip
-SCALES["gpt2-inverse"] = SCALES["gpt2"]
 CLASSIC = [
     (r"embed_tokens|embed_in|word_embeddings.weight", 0, 0.3), (r"(query_key_value|[qkv]_proj).weight", 0, 0.6),
-    (r"(dense|o(ut)?_proj|4h_to_h|fc2|down_proj|c_proj).weight", 0, 0.6),
+    (r"(dense|o(ut)?_proj|4h_to_h|fc2|down_proj|c_proj).weight", 0, 0.6), (r"embed_positions", 0, 0.7),
+    (r"(lm_head|embed_out).weight", 0, 0.5),
 ]  # fmt: skip
-EVERYWHERE = [
-    (r"(norm|ln_\w+|norms\.\d+).weight", 1.0, 0.2), (r"bias", 0.0, 0.3), (r"embed_positions", 0, 0.7),
-    (r"lm_head.weight|embed_out.weight", 0, 0.5),
-]  # fmt: skip
+SCALES |= {"gpt2-inverse": SCALES["gpt2"]} | dict.fromkeys(
+    [
+        "gpt_neox", "gpt_neox-serial", "opt", "opt-post", "bloom", "bloom-normed", "falcon", "falcon-new", "falcon-new-norm",
+        "falcon-alibi", "phi", "phi-norms", "stablelm", "stablelm-parallel", "stablelm-norms", "starcoder2",
+    ],
+    CLASSIC,
+)  # fmt: skip
+USUAL = [(r"embed_tokens", 0, 0.7), (r"lm_head", 0, 0.5)]
+EVERYWHERE = [(r"(norm|ln_\w+|norms\.\d+).weight", 1.0, 0.2), (r"bias", 0.0, 0.3)]
 
 # folder -> how it is made: `config`, whose weights `of` another folder it has, `dtype` of the file, `old` for a
 # config.json with the keys of 4.x, `shards`, `published` names, the `suite` of requests, generation_config `file`, the
@@ -216,6 +270,22 @@ FOLDERS = {
     ),
     "stablelm-norms": dict(suite="varied", config=STABLELM | dict(qk_layernorm=True), matters=dict(qk_layernorm=False)),
     "starcoder2": dict(suite="varied", config=STARCODER2, matters=dict(sliding_window=7, use_bias=False, hidden_act="relu", **ROPE_SLOW)),
+    "mistral": dict(config=MISTRAL, dtype=torch.bfloat16, matters=dict(sliding_window=7)),
+    "qwen3": dict(config=QWEN3, dtype=torch.bfloat16),
+    "gemma": dict(config=GEMMA, dtype=torch.bfloat16, matters=dict(hidden_act="silu")),
+    "gemma3": dict(
+        config=GEMMA3, dtype=torch.bfloat16,
+        matters=dict(
+            sliding_window=9, query_pre_attn_scalar=12, hidden_activation="silu",
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
+    "phi3": dict(config=PHI3, dtype=torch.bfloat16, suite="crossing", matters=dict(original_max_position_embeddings=48)),
+    "llama-dynamic": dict(config=LLAMA_DYNAMIC, dtype=torch.bfloat16, suite="crossing", matters=dict(max_position_embeddings=32)),
+    "smollm3": dict(config=SMOLLM3, dtype=torch.bfloat16, matters=dict(no_rope_layers=[1, 1, 1])),
+    "olmo2": dict(config=OLMO2, dtype=torch.bfloat16),
+    "mixtral": dict(config=MIXTRAL, dtype=torch.bfloat16, matters=dict(num_experts_per_tok=3)),
+    "qwen3_moe": dict(config=QWEN3_MOE, dtype=torch.bfloat16, matters=dict(num_experts_per_tok=2, norm_topk_prob=True)),
 }  # fmt: skip
 
 
@@ -245,7 +315,7 @@ def make_checkpoint(name):
 
 def fill(model, base):
     generator = torch.Generator().manual_seed(zlib.crc32(base.encode()))
-    scales = SCALES.get(base, CLASSIC) + EVERYWHERE
+    scales = SCALES.get(base, USUAL) + EVERYWHERE
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             inputs = parameter.shape[0 if "c_" in name else -1]  # GPT-2's Conv1D has its inputs first

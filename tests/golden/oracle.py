@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 
 GAP = 1e-4  # between the two best scores of a greedy step
 NOISE = 2e-5  # what may happen to a logit in another order of summation
@@ -33,10 +33,14 @@ class Row:
 class Oracle:
     def __init__(self, folder, tokenizer=None, attention="eager"):
         self.attention = attention
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=attention, experts_implementation="eager"
+        ).eval()
         self.exact = copy.deepcopy(self.model).double()
         self.tokenizer = tokenizer
         self.vocab = self.model.config.vocab_size
+        # Whether angles follow the length of a row: its logits are then not those of one uncached pass.
+        self.follows = (self.model.config.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope")
 
     def draws(self, fields):
         return bool(fields.get("do_sample", self.model.generation_config.do_sample))
@@ -49,6 +53,8 @@ class Oracle:
         config = GenerationConfig(**copy.deepcopy(fields), return_dict_in_generate=True, output_scores=True, output_logits=True)
         torch.manual_seed(0)
         with torch.no_grad():
+            if self.follows:
+                self.model(ids[:1, -1:])  # one token makes the model forget the lengths of earlier calls
             output = self.model.generate(ids, attention_mask=mask, generation_config=config, tokenizer=self.tokenizer)
         eos = self.eos(fields)
         rows = []
@@ -85,11 +91,38 @@ class Oracle:
         finally:
             handle.remove()
 
-    def exact_logits(self, row):
+    def exact_logits(self, row, fields):
         """Raw logits of every step, from one uncached pass in double precision."""
+        if self.follows:
+            return self.forced_logits(row, fields)
         with torch.no_grad():
             ids = torch.tensor([row.prompt + row.tokens[:-1]])
             return self.exact(ids, use_cache=False).logits[0, len(row.prompt) - 1 :].numpy()
+
+
+    def forced_logits(self, row, fields):
+        """Raw logits of every step, from the generation loop in double precision, made to choose the row's tokens."""
+        config = GenerationConfig(
+            max_new_tokens=len(row.tokens), use_cache=fields.get("use_cache", True), return_dict_in_generate=True, output_logits=True
+        )
+        ids = torch.tensor([row.prompt])
+        with torch.no_grad():
+            self.exact(ids[:, -1:])
+            force = Force(len(row.prompt), row.tokens)
+            output = self.exact.generate(ids, generation_config=config, logits_processor=[force])
+        assert output.sequences[0].tolist() == row.prompt + row.tokens
+        return np.array([step[0].numpy() for step in output.logits])
+
+
+class Force(LogitsProcessor):
+    """Leaves only the next of some tokens."""
+
+    def __init__(self, start, tokens):
+        self.start, self.tokens = start, tokens
+
+    def __call__(self, ids, scores):
+        token = self.tokens[ids.shape[1] - self.start]
+        return torch.full_like(scores, -math.inf).index_fill(1, torch.tensor([token]), 0.0)
 
 
 def record(oracle, family, case):
@@ -128,7 +161,7 @@ def checked(oracle, case, prompts, fields):
             raise Refused("close call")
         if case.rows and not fields.keys() - {"max_new_tokens", "do_sample"} and len(set(row.tokens)) * 3 < len(row.tokens):
             raise Refused("dull")
-        error = np.abs(row.logits - oracle.exact_logits(row)).max()
+        error = np.abs(row.logits - oracle.exact_logits(row, fields)).max()
         if error > NOISE:
             raise Refused(f"far from the exact logits by 1e{math.log10(error):.0f}")
         by_hand(oracle, fields, row)

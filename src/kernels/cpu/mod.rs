@@ -12,7 +12,7 @@ mod tile;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-use super::{Activation, Attention, Matrix, Norm, Ops, Rope, Span, StoreShape};
+use super::{Activation, Attention, Matrix, Norm, Ops, Picks, Rope, Span, StoreShape, route::pick};
 use crate::{
     cache::Pages,
     error::Result,
@@ -107,6 +107,23 @@ impl Ops for CpuOps {
         Ok(Act { data: pointwise::gate(self.level, activation, &x.data, x.width), width: x.width / 2 })
     }
 
+    fn route(&self, logits: &Act, top: usize, renormalise: bool) -> Result<Vec<Picks>> {
+        let mut shares = logits.data.clone();
+        pointwise::softmax(self.level, &mut shares, logits.width);
+        Ok(pick(&shares, logits.width, top, renormalise))
+    }
+
+    fn mix(&self, count: usize, parts: &[(Picks, Act)]) -> Result<Act> {
+        let width = parts.first().map_or(0, |(_, x)| x.width);
+        let mut data = vec![0.0; count * width];
+        for (picks, x) in parts {
+            for ((&token, share), x) in picks.tokens.iter().zip(&picks.shares).zip(x.data.chunks(width.max(1))) {
+                data[token * width..][..width].iter_mut().zip(x).for_each(|(y, x)| *y += x * share);
+            }
+        }
+        Ok(Act { data, width })
+    }
+
     fn angles(&self, rows: &[(&Rope, Range<usize>)]) -> Result<rope::Angles> {
         Ok(rope::Angles::new(rows))
     }
@@ -190,6 +207,20 @@ mod tests {
         let ops = CpuOps::new();
         assert_eq!(ops.activate(Activation::Relu, x.clone()).unwrap(), Act { data: vec![0.0, 2.0, 0.0, 4.0], width: 2 });
         assert_eq!(ops.gate(Activation::Relu, x).unwrap(), Act { data: vec![0.0, 0.0], width: 1 });
+    }
+
+    #[test]
+    fn experts_are_chosen_and_mixed() {
+        let ops = CpuOps::new();
+        let logits = Act { data: vec![0.0, 2.0f32.ln(), 5.0f32.ln(), 0.0, 0.0, -9.0], width: 3 };
+        let picks = ops.route(&logits, 2, false).unwrap();
+        assert_eq!(picks.iter().map(|picks| picks.tokens.clone()).collect::<Vec<_>>(), [vec![1], vec![0, 1], vec![0]]);
+        assert!((picks[1].shares[0] - 0.25).abs() < 1e-7 && (picks[1].shares[1] - 0.499_969_2).abs() < 1e-6, "{picks:?}");
+        let part = |tokens: &[usize], shares: &[f32], x: &[f32]| {
+            (Picks { tokens: tokens.into(), shares: shares.into() }, Act { data: x.into(), width: 2 })
+        };
+        let parts = [part(&[0, 2], &[0.5, 2.0], &[2.0, 4.0, 1.0, -1.0]), part(&[2], &[1.0], &[10.0, 20.0])];
+        assert_eq!(ops.mix(3, &parts).unwrap(), Act { data: vec![1.0, 2.0, 0.0, 0.0, 12.0, 18.0], width: 2 });
     }
 
     #[test]

@@ -52,6 +52,11 @@ pub(super) fn softcap(level: Level, cap: f32, x: &mut [f32]) {
     threads::chunks(x, PIECE, PIECE * FUNCTION, |_, x| level.run(Cap { cap, x }));
 }
 
+/// The softmax of each token.
+pub(super) fn softmax(level: Level, x: &mut [f32], width: usize) {
+    threads::chunks(x, width, width * FUNCTION, |_, x| level.run(Softmax { x }));
+}
+
 struct Normalise<'a> {
     norm: &'a Norm<Vec<f32>>,
     /// The first weight.
@@ -120,6 +125,29 @@ impl Task for Cap<'_> {
     }
 }
 
+struct Softmax<'a> {
+    x: &'a mut [f32],
+}
+
+impl Task for Softmax<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        let mut max = f32::NEG_INFINITY;
+        for x in self.x.iter() {
+            max = if *x > max { *x } else { max };
+        }
+        for x in self.x.iter_mut() {
+            *x = math::exp(*x - max);
+        }
+        let sum = math::sum(self.x, |x, sum| sum + x);
+        for x in self.x.iter_mut() {
+            *x /= sum;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::isa::tests::vectorised;
@@ -145,6 +173,32 @@ mod tests {
     }
 
     #[test]
+    fn a_norm_of_parts_is_that_of_each() {
+        let x: Vec<f32> = (0..40).map(|i| (i as f32 * 0.7).sin()).collect();
+        for (kind, bias) in [(NormKind::RmsOnce, None), (NormKind::Layer, Some(x[8..20].to_vec()))] {
+            let parameters = Norm { kind, weight: x[20..32].to_vec(), bias, eps: 1e-5 };
+            let mut y = x.clone();
+            // Two tokens of 20; columns 3 to 15 in groups of 4.
+            norm_part(Level::best(), &parameters, &mut y, 20, 3, 4);
+            for token in 0..2 {
+                for group in 0..3 {
+                    let at = |start: usize| start..start + 4;
+                    let alone = Norm {
+                        kind,
+                        weight: parameters.weight[at(group * 4)].to_vec(),
+                        bias: parameters.bias.as_ref().map(|bias| bias[at(group * 4)].to_vec()),
+                        eps: 1e-5,
+                    };
+                    let columns = at(token * 20 + 3 + group * 4);
+                    assert_eq!(y[columns.clone()], norm(Level::best(), &alone, &x[columns], 4));
+                }
+                assert_eq!(y[token * 20..][..3], x[token * 20..][..3]);
+                assert_eq!(y[token * 20 + 15..][..5], x[token * 20 + 15..][..5]);
+            }
+        }
+    }
+
+    #[test]
     fn a_cap_is_torchs() {
         let mut x = [-100.0, -1.0, 0.0, 40.0];
         softcap(Level::best(), 30.0, &mut x);
@@ -161,6 +215,8 @@ mod tests {
             activate(level, Activation::Gelu, &mut y, 130);
             let mut y = gate(level, Activation::Silu, &y, 130);
             softcap(level, 1.5, &mut y);
+            norm_part(level, &Norm { weight: parameters.weight[..60].to_vec(), bias: None, ..parameters.clone() }, &mut y, 65, 5, 12);
+            softmax(level, &mut y, 65);
             y
         };
         let expected = pass(Level::PORTABLE, &x);

@@ -363,6 +363,7 @@ fn classic(shape: Shape) -> DecoderSpec {
         qk_norm: None,
         out: shape.out,
         mlp: shape.mlp,
+        experts: None,
         norm: Norm { kind: NormKind::Layer, eps: shape.eps as f32 },
         residual: SERIAL,
         final_norm: Some("norm"),
@@ -412,23 +413,6 @@ mod tests {
 
     fn fields(config: Value) -> Fields {
         Fields::new(config.as_object().unwrap().clone())
-    }
-
-    #[test]
-    fn absent_fields_have_the_reference_s_defaults() {
-        let sizes = |family: fn(&Fields) -> Result<DecoderSpec>| {
-            let spec = family(&fields(json!({}))).unwrap();
-            let Attention { heads, kv_heads, head_dim, .. } = spec.attention[0];
-            let (Mlp::Plain { inner, .. } | Mlp::Gated { inner, .. }) = spec.mlp;
-            ([spec.vocab, spec.hidden, inner, spec.attention.len(), heads, kv_heads, head_dim], matches!(spec.head, Head::Tied(_)))
-        };
-        assert_eq!(sizes(gpt_neox), ([50432, 6144, 24576, 44, 64, 64, 96], false));
-        assert_eq!(sizes(opt), ([50272, 768, 3072, 12, 12, 12, 64], true));
-        assert_eq!(sizes(bloom), ([250880, 64, 256, 2, 8, 8, 8], true));
-        assert_eq!(sizes(falcon), ([65024, 4544, 18176, 32, 71, 1, 64], true));
-        assert_eq!(sizes(phi), ([51200, 2048, 8192, 24, 32, 32, 64], false));
-        assert_eq!(sizes(stablelm), ([50304, 2560, 6912, 32, 32, 32, 80], false));
-        assert_eq!(sizes(starcoder2), ([49152, 3072, 12288, 30, 24, 2, 128], true));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::{
 
 type Family = fn(&Fields) -> Result<DecoderSpec>;
 
-const FAMILIES: [(&str, Family); 11] = [
+const FAMILIES: [(&str, Family); 21] = [
     ("gpt2", classic::gpt2),
     ("gpt_neox", classic::gpt_neox),
     ("opt", classic::opt),
@@ -24,8 +24,18 @@ const FAMILIES: [(&str, Family); 11] = [
     ("stablelm", classic::stablelm),
     ("starcoder2", classic::starcoder2),
     ("llama", rotary::llama),
+    ("mistral", rotary::mistral),
     ("qwen2", rotary::qwen2),
+    ("qwen3", rotary::qwen3),
+    ("gemma", rotary::gemma),
     ("gemma2", rotary::gemma2),
+    ("gemma3", rotary::gemma3),
+    ("gemma3_text", rotary::gemma3_text),
+    ("phi3", rotary::phi3),
+    ("smollm3", rotary::smollm3),
+    ("olmo2", rotary::olmo2),
+    ("mixtral", rotary::mixtral),
+    ("qwen3_moe", rotary::qwen3_moe),
 ];
 
 const ENCODER_DECODERS: [&str; 8] = ["t5", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "m2m_100"];
@@ -143,7 +153,7 @@ mod tests {
         let sizes = |name: &str| {
             let spec = of(&json!({"model_type": name})).unwrap();
             let Attention { heads, kv_heads, head_dim, .. } = spec.attention[0];
-            let (Mlp::Plain { inner, .. } | Mlp::Gated { inner, .. }) = spec.mlp;
+            let (Mlp::Plain { inner, .. } | Mlp::Gated { inner, .. } | Mlp::GatedFused { inner, .. }) = spec.mlp;
             let len = match spec.positions {
                 Positions::Learned { len, .. } | Positions::Rope { trained: len, .. } => len,
                 Positions::Alibi { trained } => trained.unwrap_or(0),
@@ -154,8 +164,26 @@ mod tests {
         assert_eq!(sizes("llama"), [32000, 4096, 11008, 32, 32, 32, 128, 2048]);
         assert_eq!(sizes("qwen2"), [151936, 4096, 22016, 32, 32, 32, 128, 32768]);
         assert_eq!(sizes("gemma2"), [256000, 2304, 9216, 26, 8, 4, 256, 8192]);
-        let tied = ["gpt2", "llama", "qwen2", "gemma2"].map(|name| matches!(of(&json!({"model_type": name})).unwrap().head, Head::Tied(_)));
-        assert_eq!(tied, [true, false, false, true]);
+        assert_eq!(sizes("mistral"), [32000, 4096, 14336, 32, 32, 8, 128, 131072]);
+        assert_eq!(sizes("qwen3"), [151936, 4096, 22016, 32, 32, 32, 128, 32768]);
+        assert_eq!(sizes("gemma"), [256000, 3072, 24576, 28, 16, 16, 256, 8192]);
+        assert_eq!(sizes("gemma3_text"), [262208, 2304, 9216, 26, 8, 4, 256, 131072]);
+        assert_eq!(sizes("phi3"), [32064, 3072, 8192, 32, 32, 32, 96, 4096]);
+        assert_eq!(sizes("smollm3"), [128256, 2048, 11008, 36, 16, 4, 128, 32768]);
+        assert_eq!(sizes("olmo2"), [50304, 4096, 11008, 32, 32, 32, 128, 2048]);
+        assert_eq!(sizes("mixtral"), [32000, 4096, 14336, 32, 32, 8, 128, 131072]);
+        assert_eq!(sizes("qwen3_moe"), [151936, 2048, 6144, 24, 32, 4, 64, 32768]);
+        assert_eq!(sizes("gpt_neox"), [50432, 6144, 24576, 44, 64, 64, 96, 2048]);
+        assert_eq!(sizes("opt"), [50272, 768, 3072, 12, 12, 12, 64, 2048]);
+        assert_eq!(sizes("bloom"), [250880, 64, 256, 2, 8, 8, 8, 0]);
+        assert_eq!(sizes("falcon"), [65024, 4544, 18176, 32, 71, 1, 64, 2048]);
+        assert_eq!(sizes("phi"), [51200, 2048, 8192, 24, 32, 32, 64, 2048]);
+        assert_eq!(sizes("stablelm"), [50304, 2560, 6912, 32, 32, 32, 80, 4096]);
+        assert_eq!(sizes("starcoder2"), [49152, 3072, 12288, 30, 24, 2, 128, 4096]);
+        let tied = |name: &&str| *name != "gemma3" && matches!(of(&json!({"model_type": name})).unwrap().head, Head::Tied(_));
+        let tied: Vec<_> = FAMILIES.into_iter().map(|(name, _)| name).filter(tied).collect();
+        let expected = ["gpt2", "opt", "bloom", "falcon", "starcoder2", "gemma", "gemma2", "gemma3_text", "smollm3"];
+        assert_eq!(tied, expected);
     }
 
     #[test]
@@ -174,6 +202,16 @@ mod tests {
         assert_eq!(windows(&with("qwen2", json!({"use_sliding_window": false})).unwrap()), [None; 3]);
         assert_eq!(windows(&with("qwen2", json!({"max_window_layers": 0})).unwrap()), [Some(4); 3]);
         assert_eq!(windows(&with("llama", json!({})).unwrap()), [None; 3]);
+        for family in ["mistral", "phi3", "mixtral", "qwen3_moe"] {
+            assert_eq!(windows(&with(family, json!({})).unwrap()), [Some(6); 3]);
+            assert_eq!(windows(&with(family, json!({"sliding_window": null})).unwrap()), [None; 3]);
+            let absent = with(family, json!({"sliding_window": "absent"})).unwrap().attention[0].window;
+            assert_eq!(absent, ["mistral", "qwen3_moe"].contains(&family).then_some(4096));
+        }
+        assert_eq!(windows(&with("qwen3_moe", json!({"use_sliding_window": false})).unwrap()), [None; 3]);
+        assert_eq!(windows(&with("gemma3_text", json!({})).unwrap()), [Some(4), None, Some(4)]);
+        assert_eq!(windows(&with("smollm3", json!({})).unwrap()), [None, Some(4), None]);
+        assert_eq!(windows(&with("smollm3", json!({"use_sliding_window": false})).unwrap()), [None; 3]);
         let types = json!(["sliding_attention", "full_attention", "full_attention"]);
         assert_eq!(windows(&with("gemma2", json!({"layer_types": types})).unwrap()), [Some(4), None, None]);
         assert_eq!(windows(&with("qwen2", json!({"layer_types": types})).unwrap()), [Some(4), None, None]);
@@ -182,6 +220,84 @@ mod tests {
         refused("qwen2", json!({"layer_types": types, "use_sliding_window": false}), reason);
         let reason = r#"cannot load config.json: layer_types = ["full_attention"]: one for each of 3 layers is accepted"#;
         refused("gemma2", json!({"layer_types": ["full_attention"]}), reason);
+    }
+
+    fn turns(spec: &DecoderSpec) -> Vec<Option<usize>> {
+        match &spec.positions {
+            Positions::Rope { layers, .. } => layers.clone(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn pairs(spec: &DecoderSpec) -> Vec<Vec<f32>> {
+        match &spec.positions {
+            Positions::Rope { rotations, .. } => rotations.iter().map(|rotation| rotation.at(1).inv_freq.clone()).collect(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn rotations_follow_the_layers() {
+        assert_eq!(turns(&with("llama", json!({})).unwrap()), [Some(0); 3]);
+        assert_eq!(turns(&with("smollm3", json!({})).unwrap()), [Some(0), None, Some(0)]);
+        assert_eq!(turns(&with("smollm3", json!({"no_rope_layers": [0, 1, 1]})).unwrap()), [None, Some(0), Some(0)]);
+        let reason = "cannot load config.json: no_rope_layers = [1]: one for each of 3 layers is accepted";
+        refused("smollm3", json!({"no_rope_layers": [1]}), reason);
+        assert_eq!(turns(&with("gemma3_text", json!({})).unwrap()), [Some(1), Some(0), Some(1)]);
+        // Full attention: a base of a million, a quarter of the speed; windows: a base of ten thousand.
+        let (full, sliding) = (vec![0.25, 0.0079056945, 0.00025, 7.905694e-6], vec![1.0, 0.1, 0.01, 0.001]);
+        assert_eq!(pairs(&with("gemma3_text", json!({})).unwrap()), [full.clone(), sliding.clone()]);
+        let parameters = json!({
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        });
+        let new = with("gemma3_text", json!({"rope_scaling": "absent", "rope_parameters": parameters})).unwrap();
+        assert_eq!(pairs(&new), [full, sliding]);
+        let old = with("gemma3_text", json!({"rope_scaling": null, "rope_theta": 1e4, "rope_local_base_freq": 16.0})).unwrap();
+        assert_eq!(pairs(&old), [[1.0, 0.1, 0.01, 0.001], [1.0, 0.5, 0.25, 0.125]]);
+        // Three quarters of a head of 8.
+        assert_eq!(pairs(&with("phi3", json!({})).unwrap())[0].len(), 3);
+    }
+
+    #[test]
+    fn experts_follow_the_layers() {
+        let experts = |family, changes| with(family, changes).unwrap().experts.unwrap();
+        let qwen = experts("qwen3_moe", json!({}));
+        assert_eq!((qwen.layers, qwen.count, qwen.top, qwen.inner, qwen.renormalise), (vec![true, false, true], 5, 3, 20, false));
+        let qwen = experts("qwen3_moe", json!({"mlp_only_layers": null, "decoder_sparse_step": 2, "norm_topk_prob": true}));
+        assert_eq!((qwen.layers, qwen.renormalise), (vec![false, true, false], true));
+        assert_eq!(experts("qwen3_moe", json!({"num_local_experts": 7})).count, 7);
+        let qwen = of(&json!({"model_type": "qwen3_moe"})).unwrap().experts.unwrap();
+        assert_eq!((qwen.count, qwen.top, qwen.inner), (128, 8, 768));
+        let mixtral = of(&json!({"model_type": "mixtral"})).unwrap().experts.unwrap();
+        assert_eq!((mixtral.layers, mixtral.count, mixtral.top, mixtral.inner, mixtral.renormalise), (vec![true; 32], 8, 2, 14336, true));
+        let reason = "cannot load config.json: num_experts_per_tok = 6: at most the number of experts, 4, is accepted";
+        refused("mixtral", json!({"num_experts_per_tok": 6}), reason);
+    }
+
+    #[test]
+    fn a_text_inside_another_model_is_read() {
+        let mut text = tiny::config("gemma3_text");
+        text["tie_word_embeddings"] = json!(false);
+        let spec = of(&json!({"model_type": "gemma3", "text_config": text})).unwrap();
+        assert_eq!(
+            (spec.base, spec.head, spec.hidden),
+            ("language_model.model.", Head::Tied(Linear { name: "language_model.lm_head", bias: false }), 32)
+        );
+        let reason = "cannot load config.json: text_config = null: an object is accepted";
+        refused("gemma3_text", json!({"model_type": "gemma3"}), reason);
+    }
+
+    #[test]
+    fn gemma_means_the_tanh() {
+        let activation = |value: &str| match with("gemma", json!({"hidden_act": value})).unwrap().mlp {
+            Mlp::Gated { activation, .. } => activation,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(
+            [activation("gelu"), activation("absent"), activation("relu")],
+            [Activation::GeluTanh, Activation::GeluTanh, Activation::Relu]
+        );
     }
 
     #[test]
@@ -217,7 +333,8 @@ mod tests {
 
     #[test]
     fn unknown_models_are_refused_by_name() {
-        let known = "known are gpt2, gpt_neox, opt, bloom, falcon, phi, stablelm, starcoder2, llama, qwen2, gemma2";
+        let known = "known are gpt2, gpt_neox, opt, bloom, falcon, phi, stablelm, starcoder2, llama, mistral, \
+            qwen2, qwen3, gemma, gemma2, gemma3, gemma3_text, phi3, smollm3, olmo2, mixtral, qwen3_moe";
         refused("llama", json!({"model_type": "lama"}), &format!("cannot load config.json: model_type = \"lama\": {known}"));
         refused("llama", json!({"model_type": "absent"}), &format!("cannot load config.json: model_type = \"\": {known}"));
         let reason = "unsupported: model_type \"bart\": encoder-decoder models are not built yet";
