@@ -234,18 +234,20 @@ FOLDERS = {
     ),
     "gemma2-bf16": dict(of="gemma2", dtype=torch.bfloat16),
     "gemma2-4x": dict(of="gemma2", dtype=torch.bfloat16, old=True, file=dict(cache_implementation="hybrid")),
-    "gpt2-inverse": dict(config=GPT2_INVERSE, matters=dict(scale_attn_by_inverse_layer_idx=False)),
+    "gpt2-inverse": dict(config=GPT2_INVERSE, dtype=torch.bfloat16, matters=dict(scale_attn_by_inverse_layer_idx=False)),
     "gpt_neox": dict(config=NEOX, suite="varied", old=True, matters=dict(use_parallel_residual=False, **ROPE_SLOW)),
     "gpt_neox-serial": dict(
         suite="varied", config=NEOX | dict(use_parallel_residual=False, attention_bias=False, hidden_act="gelu_fast"),
         matters=dict(use_parallel_residual=True),
     ),
-    "opt": dict(config=OPT, suite="varied", matters=dict(activation_function="gelu", _remove_final_layer_norm=True)),
+    "opt": dict(config=OPT, suite="varied", dtype=torch.bfloat16, matters=dict(activation_function="gelu", _remove_final_layer_norm=True)),
     "opt-post": dict(
         suite="varied", config=OPT | dict(do_layer_norm_before=False, word_embed_proj_dim=20), published=True,
-        matters=dict(do_layer_norm_before=True),
+        dtype=torch.bfloat16, matters=dict(do_layer_norm_before=True),
     ),
-    "bloom": dict(config=BLOOM, suite="far", published=True, matters=dict(apply_residual_connection_post_layernorm=True)),
+    "bloom": dict(
+        config=BLOOM, suite="far", dtype=torch.bfloat16, published=True, matters=dict(apply_residual_connection_post_layernorm=True)
+    ),
     "bloom-normed": dict(
         suite="varied", config=BLOOM | dict(n_head=4, apply_residual_connection_post_layernorm=True),
         matters=dict(apply_residual_connection_post_layernorm=False),
@@ -262,13 +264,19 @@ FOLDERS = {
         config=FALCON | dict(alibi=True, multi_query=False, parallel_attn=False, bias=True),
         attention="sdpa", suite="far", matters=dict(alibi=False),
     ),
-    "phi": dict(suite="varied", config=PHI, matters=ROPE_SLOW),
-    "phi-norms": dict(suite="varied", config=PHI | dict(num_key_value_heads=4, qk_layernorm=True), matters=dict(qk_layernorm=False)),
-    "stablelm": dict(suite="varied", config=STABLELM, old=True, matters=ROPE_SLOW),
-    "stablelm-parallel": dict(
-        suite="varied", config=STABLELM | dict(use_parallel_residual=True, use_qkv_bias=True), matters=dict(use_qkv_bias=False)
+    "phi": dict(suite="varied", dtype=torch.bfloat16, config=PHI, matters=ROPE_SLOW),
+    "phi-norms": dict(
+        suite="varied", dtype=torch.bfloat16, config=PHI | dict(num_key_value_heads=4, qk_layernorm=True),
+        matters=dict(qk_layernorm=False),
     ),
-    "stablelm-norms": dict(suite="varied", config=STABLELM | dict(qk_layernorm=True), matters=dict(qk_layernorm=False)),
+    "stablelm": dict(suite="varied", dtype=torch.bfloat16, config=STABLELM, old=True, matters=ROPE_SLOW),
+    "stablelm-parallel": dict(
+        suite="varied", dtype=torch.bfloat16, config=STABLELM | dict(use_parallel_residual=True, use_qkv_bias=True),
+        matters=dict(use_qkv_bias=False),
+    ),
+    "stablelm-norms": dict(
+        suite="varied", dtype=torch.bfloat16, config=STABLELM | dict(qk_layernorm=True), matters=dict(qk_layernorm=False)
+    ),
     "starcoder2": dict(suite="varied", config=STARCODER2, matters=dict(sliding_window=7, use_bias=False, hidden_act="relu", **ROPE_SLOW)),
     "mistral": dict(config=MISTRAL, dtype=torch.bfloat16, matters=dict(sliding_window=7)),
     "qwen3": dict(config=QWEN3, dtype=torch.bfloat16),

@@ -40,7 +40,7 @@ class Oracle:
         self.tokenizer = tokenizer
         self.vocab = self.model.config.vocab_size
         # Whether angles follow the length of a row: its logits are then not those of one uncached pass.
-        self.follows = (self.model.config.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope")
+        self.follows = (getattr(self.model.config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope")
 
     def draws(self, fields):
         return bool(fields.get("do_sample", self.model.generation_config.do_sample))
