@@ -12,8 +12,15 @@ use std::{
     path::{Path, PathBuf},
 };
 
-const FAMILIES: [&str; 14] = [
+const FAMILIES: [&str; 21] = [
     "gpt2",
+    "gpt_neox",
+    "opt",
+    "bloom",
+    "falcon",
+    "phi",
+    "stablelm",
+    "starcoder2",
     "llama",
     "mistral",
     "qwen2",
@@ -74,6 +81,41 @@ struct Story {
 #[test]
 fn gpt2() {
     run_family("gpt2");
+}
+
+#[test]
+fn gpt_neox() {
+    run_family("gpt_neox");
+}
+
+#[test]
+fn opt() {
+    run_family("opt");
+}
+
+#[test]
+fn bloom() {
+    run_family("bloom");
+}
+
+#[test]
+fn falcon() {
+    run_family("falcon");
+}
+
+#[test]
+fn phi() {
+    run_family("phi");
+}
+
+#[test]
+fn stablelm() {
+    run_family("stablelm");
+}
+
+#[test]
+fn starcoder2() {
+    run_family("starcoder2");
 }
 
 #[test]

@@ -55,7 +55,12 @@ impl CandleOps {
         if let Some(cap) = attention.softcap {
             scores = self.times(&self.times(&scores, 1.0 / cap)?.tanh()?, cap)?;
         }
-        let mut scores = scores.to_dtype(DType::F32)?.reshape((heads, count, len))?;
+        let scores = scores.reshape((heads, count, len))?;
+        let scores = match self.biases(attention, len)? {
+            Some(biases) => scores.broadcast_add(&biases)?,
+            None => scores,
+        };
+        let mut scores = scores.to_dtype(DType::F32)?;
         if count > 1 || attention.window.is_some_and(|window| window < len) {
             scores = scores.broadcast_add(&self.mask(count, len, attention.window)?)?;
         }
@@ -63,6 +68,15 @@ impl CandleOps {
         let weights = weights.reshape((kv_heads, heads / kv_heads * count, len))?;
         let mixed = weights.matmul(&values.to_dtype(self.product)?)?.to_dtype(self.dtype)?;
         Ok(mixed.reshape((heads, count, head_dim))?.transpose(0, 1)?.reshape((count, heads * head_dim))?)
+    }
+
+    /// What is added to the scores of `len` keys, `(heads, 1, len)`.
+    fn biases(&self, attention: &Attention, len: usize) -> Result<Option<Tensor>> {
+        if attention.alibi.is_empty() {
+            return Ok(None);
+        }
+        let biases: Vec<f32> = attention.alibi.iter().flat_map(|alibi| (0..len).map(|position| alibi.at(position))).collect();
+        Ok(Some(Tensor::from_vec(biases, (attention.alibi.len(), 1, len), &self.device)?.to_dtype(self.dtype)?))
     }
 
     /// Zero where the token at `len - count + row` sees the position, minus infinity elsewhere.
@@ -322,6 +336,7 @@ impl Store for Tensors {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::kernels::Alibi;
 
     fn ops() -> CandleOps {
         CandleOps::new(Device::Cpu, DType::F32)
@@ -415,7 +430,7 @@ mod tests {
 
     /// Attention number by number.
     fn plain(attention: &Attention, rope: &Rope, qkv: &[Vec<f32>]) -> Vec<f32> {
-        let &Attention { heads, kv_heads, head_dim, scale, softcap, window } = attention;
+        let &Attention { heads, kv_heads, head_dim, scale, softcap, window, .. } = attention;
         let head = |position: usize, index: usize| {
             let mut x = qkv[position][index * head_dim..][..head_dim].to_vec();
             for (pair, freq) in rope.inv_freq.iter().enumerate().filter(|_| index < heads + kv_heads) {
@@ -434,7 +449,8 @@ mod tests {
                 let score = |position| {
                     let key = head(position, heads + group);
                     let score = query.iter().zip(key).map(|(q, k)| q * k).sum::<f32>() * scale;
-                    softcap.map_or(score, |cap| cap * (score / cap).tanh()).exp()
+                    let bias = attention.alibi.get(index).map_or(0.0, |alibi| alibi.at(position));
+                    (bias + softcap.map_or(score, |cap| cap * (score / cap).tanh())).exp()
                 };
                 let weights: Vec<f32> = (first..=token).map(score).collect();
                 let total: f32 = weights.iter().sum();
@@ -449,7 +465,7 @@ mod tests {
 
     #[test]
     fn attention_is_what_it_is_number_by_number() {
-        let base = Attention { heads: 4, kv_heads: 2, head_dim: 6, scale: 0.7, softcap: None, window: None };
+        let base = Attention { heads: 4, kv_heads: 2, head_dim: 6, scale: 0.7, softcap: None, window: None, alibi: [].into() };
         let whole = Rope { inv_freq: vec![1.0, 0.3, 0.1], scale: 1.0 };
         let partial = Rope { inv_freq: vec![1.0, 0.2], scale: 1.25 };
         let (tokens, width) = (7, 48);
@@ -460,6 +476,10 @@ mod tests {
             (base.clone(), &partial),
             (Attention { softcap: Some(0.5), ..base.clone() }, &whole),
             (Attention { window: Some(3), ..base.clone() }, &whole),
+            (
+                Attention { alibi: [0.5, 0.1, 0.7, 0.2].map(|slope| Alibi { slope, scale: 0.8, coarse: true }).into(), ..base.clone() },
+                &whole,
+            ),
             (Attention { window: Some(1), kv_heads: 4, heads: 4, head_dim: 4, ..base.clone() }, &partial),
         ] {
             let expected = plain(&attention, rope, &qkv);

@@ -14,7 +14,8 @@ use crate::{
     model::{Room, Values},
 };
 use candle_core::DType;
-use std::ops::Range;
+use half::bf16;
+use std::{ops::Range, sync::Arc};
 
 /// The operations of a decoder on one kind of device and arithmetic.
 pub(crate) trait Ops: Send + Sync + 'static {
@@ -120,6 +121,15 @@ pub(crate) struct Matrix<'a> {
     pub transposed: bool,
 }
 
+impl Matrix<'_> {
+    /// Some of the outputs of a matrix `(outputs, inputs)`.
+    pub fn rows(self, rows: Range<usize>) -> Self {
+        debug_assert!(!self.transposed && rows.end <= self.outputs);
+        let width = self.inputs * self.dtype.size_in_bytes();
+        Self { bytes: &self.bytes[rows.start * width..rows.end * width], outputs: rows.len(), ..self }
+    }
+}
+
 /// A normalisation of each token.
 #[derive(Debug, Clone)]
 pub(crate) struct Norm<V> {
@@ -174,6 +184,35 @@ pub(crate) struct Attention {
     pub softcap: Option<f32>,
     /// A token sees itself and the `window - 1` positions before it.
     pub window: Option<usize>,
+    /// One for each head, where there are any.
+    pub alibi: Arc<[Alibi]>,
+}
+
+/// What a head adds to its scores so that near positions weigh more, <https://arxiv.org/abs/2108.12409>: `slope * position` of
+/// the key. Only differences matter to the softmax, so the token's own position need not be taken away.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Alibi {
+    pub slope: f32,
+    /// Factor on what is added.
+    pub scale: f32,
+    /// Whether slope, position and their product are rounded to bf16.
+    pub coarse: bool,
+}
+
+impl Alibi {
+    /// What is added to the score of a key at `position`.
+    #[inline(always)]
+    pub fn at(self, position: usize) -> f32 {
+        let position = position as f32;
+        let bias = if self.coarse { round(round(self.slope) * round(position)) } else { self.slope * position };
+        bias * self.scale
+    }
+}
+
+/// The nearest bf16.
+#[inline(always)]
+fn round(x: f32) -> f32 {
+    bf16::from_f32(x).to_f32()
 }
 
 /// One row's part of a pass.

@@ -4,7 +4,7 @@ use super::{
     kv::Kv,
     layers::{Layer, Loader},
     rope::Rotation,
-    spec::{DecoderSpec, Head, Positions},
+    spec::{DecoderSpec, Head, Positions, Projection},
     weights::Weights,
 };
 use crate::{
@@ -22,9 +22,12 @@ pub(crate) struct Decoder<O: Ops> {
     shape: StoreShape,
     embedding: O::Weight,
     embedding_scale: Option<f32>,
+    embedding_norm: Option<Norm<O::Vector>>,
+    /// Between the widths of embeddings and layers, in and out.
+    projection: Option<[O::Weight; 2]>,
     positions: Place<O>,
     layers: Vec<Layer<O>>,
-    norm: Norm<O::Vector>,
+    norm: Option<Norm<O::Vector>>,
     /// The embeddings where there is none.
     head: Option<O::Weight>,
     softcap: Option<f32>,
@@ -34,20 +37,34 @@ pub(crate) struct Decoder<O: Ops> {
 
 /// How tokens are told where they stand.
 enum Place<O: Ops> {
-    Table(O::Weight),
+    /// With the number of its vectors that are not used.
+    Table(O::Weight, usize),
     /// Rotations, and which of them a layer has.
     Rope(Vec<Rotation>, Vec<Option<usize>>),
+    /// The attention's biases tell.
+    Alibi,
 }
 
 impl<O: Ops> Decoder<O> {
     /// Loads a checkpoint, layer by layer. `info` says what `ops` are: device, type, page and bytes of a position.
     pub fn load(ops: O, info: ModelInfo, spec: &DecoderSpec, weights: &Weights, progress: Option<&OnProgress>) -> Result<Self> {
         let mut loader = Loader::new(&ops, spec, weights, progress);
-        let (embedding, head) = ends(spec, weights)?;
-        let embedding = loader.table(embedding, spec.vocab)?;
+        let (vocab, outer, hidden) = (spec.vocab, spec.outer(), spec.hidden);
+        let Ends { table, head, bias } = ends(spec, weights)?;
+        let embedding = loader.matrix(table, vocab, outer, bias.filter(|_| head.is_none()))?;
+        let embedding_norm = spec.embedding_norm.map(|name| loader.norm(name)).transpose()?;
+        let projection = match spec.projection {
+            Some(Projection { inward, outward, .. }) => {
+                Some([loader.matrix(inward, hidden, outer, None)?, loader.matrix(outward, outer, hidden, None)?])
+            }
+            None => None,
+        };
         let (positions, context) = match &spec.positions {
-            Positions::Learned { name, len } => (Place::Table(loader.table(name, *len)?), Context::Hard(*len)),
+            &Positions::Learned { name, skip, len } => {
+                (Place::Table(loader.matrix(name, skip + len, hidden, None)?, skip), Context::Hard(len))
+            }
             Positions::Rope { rotations, layers, trained } => (Place::Rope(rotations.clone(), layers.clone()), Context::Soft(*trained)),
+            Positions::Alibi { trained } => (Place::Alibi, trained.map_or(Context::Unlimited, Context::Soft)),
         };
         loader.report()?;
         let mut layers = Vec::with_capacity(spec.attention.len());
@@ -55,8 +72,8 @@ impl<O: Ops> Decoder<O> {
             layers.push(loader.layer(index, attention)?);
             loader.report()?;
         }
-        let norm = loader.norm(spec.final_norm)?;
-        let head = head.map(|name| loader.table(name, spec.vocab)).transpose()?;
+        let norm = spec.final_norm.map(|name| loader.norm(name)).transpose()?;
+        let head = head.map(|name| loader.matrix(name, vocab, outer, bias)).transpose()?;
         loader.finish()?;
 
         let (layers_len, tied) = (spec.attention.len(), matches!(spec.head, Head::Tied(_)));
@@ -64,10 +81,24 @@ impl<O: Ops> Decoder<O> {
         let shape = spec.shape();
         let (embedding_scale, softcap) = (spec.embedding_scale, spec.softcap);
         let crossings = match &positions {
-            Place::Table(_) => Arc::default(),
             Place::Rope(rotations, _) => rotations.iter().filter_map(Rotation::crossing).collect(),
+            Place::Table(..) | Place::Alibi => Arc::default(),
         };
-        Ok(Self { ops, info, shape, embedding, embedding_scale, positions, layers, norm, head, softcap, crossings })
+        Ok(Self {
+            ops,
+            info,
+            shape,
+            embedding,
+            embedding_scale,
+            embedding_norm,
+            projection,
+            positions,
+            layers,
+            norm,
+            head,
+            softcap,
+            crossings,
+        })
     }
 
     fn check(&self, tokens: &[u32], cache: &Kv<O::Store>) -> Result<()> {
@@ -112,9 +143,18 @@ impl<O: Ops> Decoder<O> {
             Some(scale) => self.ops.scale(x, scale)?,
             None => x,
         };
+        let x = match &self.projection {
+            Some([inward, _]) => self.ops.linear(inward, &x)?,
+            None => x,
+        };
+        let x = match &self.embedding_norm {
+            Some(norm) => self.ops.norm(norm, &x)?,
+            None => x,
+        };
         match &self.positions {
-            Place::Table(table) => {
-                let places: Vec<u32> = pass.rows.iter().flat_map(|row| row.positions.clone()).map(|position| position as u32).collect();
+            Place::Table(table, skip) => {
+                let positions = pass.rows.iter().flat_map(|row| row.positions.clone());
+                let places: Vec<u32> = positions.map(|position| (skip + position) as u32).collect();
                 Ok((self.ops.add(x, &self.ops.embed(table, &places)?)?, Vec::new()))
             }
             Place::Rope(rotations, _) => {
@@ -125,14 +165,23 @@ impl<O: Ops> Decoder<O> {
                 };
                 Ok((x, rotations.iter().map(angles).collect::<Result<_>>()?))
             }
+            Place::Alibi => Ok((x, Vec::new())),
+        }
+    }
+
+    /// From the width of the layers to that of the head.
+    fn outward(&self, x: O::Act) -> Result<O::Act> {
+        match &self.projection {
+            Some([_, outward]) => self.ops.linear(outward, &x),
+            None => Ok(x),
         }
     }
 
     /// Which rotation a layer has.
     fn rotation(&self, layer: usize) -> Option<usize> {
         match &self.positions {
-            Place::Table(_) => None,
             Place::Rope(_, layers) => layers.get(layer).copied().flatten(),
+            Place::Table(..) | Place::Alibi => None,
         }
     }
 
@@ -161,7 +210,11 @@ impl<O: Ops> Decoder<O> {
             x = layer.finish(ops, x, &mixed)?;
         }
         let head = self.head.as_ref().unwrap_or(&self.embedding);
-        let x = ops.norm(&self.norm, &x)?;
+        let x = match &self.norm {
+            Some(norm) => ops.norm(norm, &x)?,
+            None => x,
+        };
+        let x = self.outward(x)?;
         match pass.want {
             Want::Hidden => {
                 let logits = ops.logits(head, &ops.select(&x, &pass.read)?, self.softcap)?;
@@ -172,7 +225,7 @@ impl<O: Ops> Decoder<O> {
                 let mut layers = Vec::with_capacity(early.len() + 1);
                 early.sort_by_key(|(place, _)| *place);
                 for (_, state) in early {
-                    layers.push(ops.logits(head, &state?, None)?.into_host()?);
+                    layers.push(ops.logits(head, &self.outward(state?)?, None)?.into_host()?);
                 }
                 layers.push(ops.logits(head, &x, self.softcap)?.into_host()?);
                 let row = |row: usize| layers.iter().flat_map(move |logits| &logits[row * self.info.vocab_size..][..self.info.vocab_size]);
@@ -266,20 +319,32 @@ impl<O: Ops> Model for Decoder<O> {
     }
 }
 
-/// The names of the embeddings and, unless they serve as one, of the head.
-fn ends(spec: &DecoderSpec, weights: &Weights) -> Result<(&'static str, Option<&'static str>)> {
-    let head = match spec.head {
-        Head::Own(head) => return Ok((spec.embedding, Some(head))),
-        Head::Tied(head) => head,
-    };
-    let [table, own] = [spec.embedding, head].map(|name| format!("{name}.weight"));
+/// The names of what stands before and after the layers.
+struct Ends {
+    table: &'static str,
+    /// None if the table serves as one.
+    head: Option<&'static str>,
+    /// What the head's bias is named after.
+    bias: Option<&'static str>,
+}
+
+fn ends(spec: &DecoderSpec, weights: &Weights) -> Result<Ends> {
+    let (Head::Own(linear) | Head::Tied(linear)) = spec.head;
+    // HF: GPT-NeoX's head is called `embed_out` in files, but `lm_head` by 5.x itself.
+    let there = |name: &&str| weights.contains(&format!("{name}.weight"));
+    let name = [linear.name, "lm_head"].into_iter().find(there).unwrap_or(linear.name);
+    let (table, bias) = (spec.embedding, linear.bias.then_some(name));
+    if let Head::Own(_) = spec.head {
+        return Ok(Ends { table, head: Some(name), bias });
+    }
+    let [embedding, own] = [table, name].map(|name| format!("{name}.weight"));
     // HF: the file outvotes `tie_word_embeddings`. A tied head that it has all the same is used if it differs from the
     // embeddings, and serves as embeddings if those are missing.
-    match (weights.contains(&table), weights.contains(&own)) {
-        (true, true) if !weights.equal(&table, &own)? => Ok((spec.embedding, Some(head))),
-        (false, true) => Ok((head, None)),
-        _ => Ok((spec.embedding, None)),
-    }
+    Ok(match (weights.contains(&embedding), weights.contains(&own)) {
+        (true, true) if !weights.equal(&embedding, &own)? => Ends { table, head: Some(name), bias },
+        (false, true) => Ends { table: name, head: None, bias },
+        _ => Ends { table, head: None, bias },
+    })
 }
 
 #[cfg(test)]

@@ -46,6 +46,11 @@ impl Fields {
         self.map.get(name).is_some_and(|value| !value.is_null())
     }
 
+    /// The name that a field has: another that the reference reads in its place, if that is there, or its own.
+    pub fn either<'a>(&self, other: &'a str, name: &'a str) -> &'a str {
+        if self.has(other) { other } else { name }
+    }
+
     /// A number from 1 to `max`.
     pub fn size(&self, name: &str, default: usize, max: usize) -> Result<usize> {
         match self.map.get(name) {

@@ -13,15 +13,12 @@ use crate::{
 /// A layer: attention and a feed-forward part, each added to what it was given.
 pub(crate) struct Layer<O: Ops> {
     attention: Attention,
-    before_attention: Option<Norm<O::Vector>>,
+    residual: Residual<Norm<O::Vector>>,
     /// Queries, keys and values stacked, so that they are one product.
     qkv: O::Weight,
     qk_norms: Vec<QkNorm<O>>,
     out: O::Weight,
-    after_attention: Option<Norm<O::Vector>>,
-    before_mlp: Option<Norm<O::Vector>>,
     mlp: Mlp<O>,
-    after_mlp: Option<Norm<O::Vector>>,
 }
 
 /// The norm of queries or of keys.
@@ -58,25 +55,56 @@ enum Mlp<O: Ops> {
 impl<O: Ops> Layer<O> {
     /// Attention up to the mixed values: all that the caches need of the layer.
     pub fn attend(&self, ops: &O, index: usize, x: &O::Act, angles: Option<&O::Angles>, rows: &mut [Span<'_, O::Store>]) -> Result<O::Act> {
-        let mut qkv = match &self.before_attention {
-            Some(norm) => ops.linear(&self.qkv, &ops.norm(norm, x)?)?,
-            None => ops.linear(&self.qkv, x)?,
+        let normed = match &self.residual {
+            Residual::Pre { attention, .. }
+            | Residual::PrePost { attention: [attention, _], .. }
+            | Residual::Normed { attention, .. }
+            | Residual::Parallel { attention, .. } => Some(ops.norm(attention, x)?),
+            Residual::Post { .. } | Residual::Summed { .. } => None,
         };
+        let mut qkv = ops.linear(&self.qkv, normed.as_ref().unwrap_or(x))?;
         for QkNorm { norm, first, group } in &self.qk_norms {
             qkv = ops.norm_part(norm, qkv, *first, *group)?;
         }
         ops.attend(&self.attention, index, qkv, angles, rows)
     }
 
-    /// The rest of the layer, each token alone.
+    /// The rest of the layer, each token alone. Where a norm of `x` is needed once more, computing it again costs less than
+    /// carrying it along.
     pub fn finish(&self, ops: &O, x: O::Act, mixed: &O::Act) -> Result<O::Act> {
-        let attended = after(ops, self.after_attention.as_ref(), ops.linear(&self.out, mixed)?)?;
-        let x = ops.add(x, &attended)?;
-        let y = match &self.before_mlp {
-            Some(norm) => self.mlp.compute(ops, &ops.norm(norm, &x)?)?,
-            None => self.mlp.compute(ops, &x)?,
-        };
-        ops.add(x, &after(ops, self.after_mlp.as_ref(), y)?)
+        let y = ops.linear(&self.out, mixed)?;
+        match &self.residual {
+            Residual::Pre { mlp, .. } => {
+                let x = ops.add(x, &y)?;
+                let y = self.mlp.compute(ops, &ops.norm(mlp, &x)?)?;
+                ops.add(x, &y)
+            }
+            Residual::Post { attention, mlp } => {
+                let x = ops.add(x, &ops.norm(attention, &y)?)?;
+                let y = self.mlp.compute(ops, &x)?;
+                ops.add(x, &ops.norm(mlp, &y)?)
+            }
+            Residual::PrePost { attention: [_, attention], mlp: [before, after] } => {
+                let x = ops.add(x, &ops.norm(attention, &y)?)?;
+                let y = self.mlp.compute(ops, &ops.norm(before, &x)?)?;
+                ops.add(x, &ops.norm(after, &y)?)
+            }
+            Residual::Summed { attention, mlp } => {
+                let x = ops.norm(attention, &ops.add(x, &y)?)?;
+                let y = self.mlp.compute(ops, &x)?;
+                ops.norm(mlp, &ops.add(x, &y)?)
+            }
+            Residual::Normed { attention, mlp } => {
+                let x = ops.add(ops.norm(attention, &x)?, &y)?;
+                let x = ops.norm(mlp, &x)?;
+                let y = self.mlp.compute(ops, &x)?;
+                ops.add(x, &y)
+            }
+            Residual::Parallel { attention, mlp } => {
+                let z = self.mlp.compute(ops, &ops.norm(mlp.as_ref().unwrap_or(attention), &x)?)?;
+                ops.add(x, &ops.add(z, &y)?)
+            }
+        }
     }
 }
 
@@ -101,13 +129,6 @@ impl<O: Ops> Mlp<O> {
                 ops.mix(count, &parts)
             }
         }
-    }
-}
-
-fn after<O: Ops>(ops: &O, norm: Option<&Norm<O::Vector>>, x: O::Act) -> Result<O::Act> {
-    match norm {
-        Some(norm) => ops.norm(norm, &x),
-        None => Ok(x),
     }
 }
 
@@ -147,16 +168,12 @@ impl<'a, O: Ops> Loader<'a, O> {
     pub fn layer(&mut self, index: usize, attention: &Attention) -> Result<Layer<O>> {
         let spec = self.spec;
         let name = |part: &str| format!("{}{index}.{part}", spec.layer);
-        let (before_attention, after_attention, before_mlp, after_mlp) = match spec.residual {
-            Residual::Pre { attention, mlp } => (Some(attention), None, Some(mlp), None),
-            Residual::Post { attention, mlp } => (None, Some(attention), None, Some(mlp)),
-            Residual::PrePost { attention, mlp } => (Some(attention[0]), Some(attention[1]), Some(mlp[0]), Some(mlp[1])),
-        };
         let width = attention.heads * attention.head_dim;
         let kv_width = attention.kv_heads * attention.head_dim;
         let qkv = match spec.qkv {
             Qkv::Split([q, k, v]) => self.stack(name, &[(q, width), (k, kv_width), (v, kv_width)], spec.hidden)?,
             Qkv::Fused(qkv) => self.stack(name, &[(qkv, width + 2 * kv_width)], spec.hidden)?,
+            Qkv::Grouped(qkv) => self.grouped(name, qkv, attention)?,
         };
         let routed = spec.experts.as_ref().filter(|experts| experts.layers.get(index) == Some(&true));
         let mlp = match (routed, spec.mlp) {
@@ -179,14 +196,11 @@ impl<'a, O: Ops> Loader<'a, O> {
         };
         Ok(Layer {
             attention: attention.clone(),
-            before_attention: before_attention.map(|norm| self.norm(&name(norm))).transpose()?,
+            residual: spec.residual.try_map(|norm| self.norm(&name(norm)))?,
             qkv,
             qk_norms: self.qk_norms(name, attention)?,
             out: self.stack(name, &[(spec.out, spec.hidden)], width)?,
-            after_attention: after_attention.map(|norm| self.norm(&name(norm))).transpose()?,
-            before_mlp: before_mlp.map(|norm| self.norm(&name(norm))).transpose()?,
             mlp,
-            after_mlp: after_mlp.map(|norm| self.norm(&name(norm))).transpose()?,
         })
     }
 
@@ -204,42 +218,50 @@ impl<'a, O: Ops> Loader<'a, O> {
         Ok(Mlp::Routed { router, top, renormalise, activation, experts: weights })
     }
 
-    /// A table with a vector for each of `len` things; also a head.
-    pub fn table(&mut self, name: &str, len: usize) -> Result<O::Weight> {
-        let matrix = self.weights.matrix(&format!("{name}.weight"), len, self.spec.hidden, false)?;
-        self.pack(&[matrix], None)
+    /// A matrix of `outputs` times `inputs`, with the bias of that name: a table with a vector for each output, a head, a
+    /// projection outside of the layers.
+    pub fn matrix(&mut self, name: &str, outputs: usize, inputs: usize, bias: Option<&str>) -> Result<O::Weight> {
+        let matrix = self.weights.matrix(&format!("{name}.weight"), outputs, inputs, false)?;
+        let bias = bias.map(|bias| self.weights.vector(&format!("{bias}.bias"), outputs)).transpose()?;
+        self.pack(&[matrix], bias.as_deref())
     }
 
     pub fn norm(&self, name: &str) -> Result<Norm<O::Vector>> {
-        self.norm_of(self.spec.norm, name, self.spec.hidden, 1)
+        self.norm_of(self.spec.norm, &[name.to_owned()], self.spec.hidden, 1)
     }
 
     fn qk_norms(&self, name: impl Fn(&str) -> String, attention: &Attention) -> Result<Vec<QkNorm<O>>> {
         let Some(spec::QkNorm { query, key, norm, extent }) = self.spec.qk_norm else { return Ok(Vec::new()) };
         let Attention { heads, kv_heads, head_dim, .. } = *attention;
         let part = |part, first: usize, heads: usize| {
-            let (group, times) = match extent {
-                Extent::Head => (head_dim, heads),
-                Extent::Token => (heads * head_dim, 1),
+            let name = name(part);
+            let (names, group, times) = match extent {
+                Extent::Head => (vec![name], head_dim, heads),
+                Extent::OwnHead => ((0..heads).map(|head| format!("{name}.{head}")).collect(), head_dim, 1),
+                Extent::Token => (vec![name], heads * head_dim, 1),
             };
-            Ok(QkNorm { norm: self.norm_of(norm, &name(part), group, times)?, first: first * head_dim, group })
+            Ok(QkNorm { norm: self.norm_of(norm, &names, group, times)?, first: first * head_dim, group })
         };
         [part(query, 0, heads), part(key, heads, kv_heads)].into_iter().collect()
     }
 
-    /// A norm of `len` values, its weights repeated `times` times.
-    fn norm_of(&self, spec::Norm { kind, eps }: spec::Norm, name: &str, len: usize, times: usize) -> Result<Norm<O::Vector>> {
-        let mut weight = self.weights.vector(&format!("{name}.weight"), len)?;
+    /// The parameters of norms of `len` values one after another, and that `times` times.
+    fn norm_of(&self, spec::Norm { kind, eps }: spec::Norm, names: &[String], len: usize, times: usize) -> Result<Norm<O::Vector>> {
+        let all = |part: &str| -> Result<Vec<f32>> {
+            let parts: Vec<_> = names.iter().map(|name| self.weights.vector(&format!("{name}.{part}"), len)).collect::<Result<_>>()?;
+            Ok(parts.concat().repeat(times))
+        };
+        let mut weight = if kind == NormKind::LayerBare { vec![1.0; names.len() * len * times] } else { all("weight")? };
         if kind == NormKind::RmsPlusOne {
             weight.iter_mut().for_each(|value| *value += 1.0);
         }
         let (kind, bias) = match kind {
             NormKind::Rms => (kernels::NormKind::Rms, None),
             NormKind::RmsOnce | NormKind::RmsPlusOne => (kernels::NormKind::RmsOnce, None),
-            NormKind::Layer => (kernels::NormKind::Layer, Some(self.weights.vector(&format!("{name}.bias"), len)?)),
+            NormKind::Layer => (kernels::NormKind::Layer, Some(self.ops.vector(&all("bias")?)?)),
+            NormKind::LayerUnbiased | NormKind::LayerBare => (kernels::NormKind::Layer, None),
         };
-        let bias = bias.map(|bias| self.ops.vector(&bias.repeat(times))).transpose()?;
-        Ok(Norm { kind, weight: self.ops.vector(&weight.repeat(times))?, bias, eps })
+        Ok(Norm { kind, weight: self.ops.vector(&weight)?, bias, eps })
     }
 
     /// Projections of the same inputs, given with their numbers of outputs, as one weight.
@@ -254,6 +276,23 @@ impl<'a, O: Ops> Loader<'a, O> {
             }
         }
         self.pack(&matrices, (!biases.is_empty()).then_some(&biases))
+    }
+
+    /// Queries, keys and values that the file groups by the heads of keys and values, in the order of the attention.
+    fn grouped(&mut self, name: impl Fn(&str) -> String, linear: Linear, attention: &Attention) -> Result<O::Weight> {
+        let &Attention { heads, kv_heads, head_dim, .. } = attention;
+        let (queries, group) = (heads / kv_heads * head_dim, (heads / kv_heads + 2) * head_dim);
+        let name = name(linear.name);
+        let matrix = self.weights.matrix(&format!("{name}.weight"), kv_heads * group, self.spec.hidden, false)?;
+        let part = |start: usize, len: usize| (0..kv_heads).map(move |head| head * group + start..head * group + start + len);
+        let parts = || part(0, queries).chain(part(queries, head_dim)).chain(part(queries + head_dim, head_dim));
+        let matrices: Vec<_> = parts().map(|rows| matrix.rows(rows)).collect();
+        let bias = match linear.bias {
+            true => Some(self.weights.vector(&format!("{name}.bias"), kv_heads * group)?),
+            false => None,
+        };
+        let bias = bias.map(|bias| parts().flat_map(|rows| &bias[rows]).copied().collect::<Vec<_>>());
+        self.pack(&matrices, bias.as_deref())
     }
 
     fn pack(&mut self, matrices: &[Matrix<'_>], bias: Option<&[f32]>) -> Result<O::Weight> {

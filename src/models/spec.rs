@@ -1,7 +1,10 @@
 //! An architecture as data: all in which decoder-only families differ.
 
 use super::rope::Rotation;
-use crate::kernels::{Activation, Attention, StoreShape};
+use crate::{
+    error::Result,
+    kernels::{Activation, Attention, StoreShape},
+};
 
 /// What a family's decoder is made of. Names are those of the checkpoint's tensors, without `.weight` and `.bias`.
 #[derive(Debug, Clone, PartialEq)]
@@ -15,6 +18,10 @@ pub(crate) struct DecoderSpec {
     pub embedding: &'static str,
     /// Factor on the embeddings.
     pub embedding_scale: Option<f32>,
+    /// A norm of the embeddings.
+    pub embedding_norm: Option<&'static str>,
+    /// Where embeddings and head have another width than the layers.
+    pub projection: Option<Projection>,
     pub positions: Positions,
     /// What a layer's tensors start with, before the layer's number.
     pub layer: &'static str,
@@ -31,7 +38,7 @@ pub(crate) struct DecoderSpec {
     pub experts: Option<Experts>,
     pub norm: Norm,
     pub residual: Residual,
-    pub final_norm: &'static str,
+    pub final_norm: Option<&'static str>,
     pub head: Head,
     /// `cap * tanh(v / cap)` on the logits.
     pub softcap: Option<f32>,
@@ -43,15 +50,30 @@ impl DecoderSpec {
         let (kv_heads, head_dim) = self.attention.first().map_or((0, 0), |first| (first.kv_heads, first.head_dim));
         StoreShape { layers: self.attention.len(), kv_heads, head_dim }
     }
+
+    /// The width of embeddings and head.
+    pub fn outer(&self) -> usize {
+        self.projection.as_ref().map_or(self.hidden, |projection| projection.width)
+    }
 }
 
 /// How a token knows where it stands.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Positions {
-    /// A table of `len` vectors, added to the embeddings.
-    Learned { name: &'static str, len: usize },
+    /// A table of `skip + len` vectors, added to the embeddings; the first `skip` are not used.
+    Learned { name: &'static str, skip: usize, len: usize },
     /// Queries and keys are rotated: those of layer `i` by the rotation `layers[i]`, if it has one. Trained on `trained` positions.
     Rope { rotations: Vec<Rotation>, layers: Vec<Option<usize>>, trained: usize },
+    /// By the attention's biases alone; trained on `trained` positions, if the config says so.
+    Alibi { trained: Option<usize> },
+}
+
+/// Projections, without biases, between embeddings of `width` and the layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Projection {
+    pub width: usize,
+    pub inward: &'static str,
+    pub outward: &'static str,
 }
 
 /// How the file stores projections.
@@ -77,6 +99,8 @@ pub(crate) enum Qkv {
     Split([Linear; 3]),
     /// One tensor, stacked along the outputs.
     Fused(Linear),
+    /// One tensor: for each head of keys and values the heads of its queries, then the keys', then the values'.
+    Grouped(Linear),
 }
 
 /// The norms of queries and keys.
@@ -93,6 +117,8 @@ pub(crate) struct QkNorm {
 pub(crate) enum Extent {
     /// Each head, all heads with the same weights.
     Head,
+    /// Each head, with weights of its own: the head's number follows the name.
+    OwnHead,
     /// All heads of a token.
     Token,
 }
@@ -146,24 +172,49 @@ pub(crate) enum NormKind {
     RmsPlusOne,
     /// `(x - mean(x)) / std(x) * w + b`
     Layer,
+    /// `(x - mean(x)) / std(x) * w`
+    LayerUnbiased,
+    /// `(x - mean(x)) / std(x)`
+    LayerBare,
 }
 
-/// Where the norms of a layer stand.
+/// What a layer adds to what, and where its norms `N` stand; in a spec they are names. `f` is the attention, then the
+/// feed-forward part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Residual {
+pub(crate) enum Residual<N = &'static str> {
     /// `x + f(norm(x))`
-    Pre { attention: &'static str, mlp: &'static str },
+    Pre { attention: N, mlp: N },
     /// `x + norm(f(x))`
-    Post { attention: &'static str, mlp: &'static str },
+    Post { attention: N, mlp: N },
     /// `x + norm(f(norm(x)))`; pairs are the norms before and after.
-    PrePost { attention: [&'static str; 2], mlp: [&'static str; 2] },
+    PrePost { attention: [N; 2], mlp: [N; 2] },
+    /// `norm(x + f(x))`
+    Summed { attention: N, mlp: N },
+    /// `norm(x) + f(norm(x))`
+    Normed { attention: N, mlp: N },
+    /// `x + attention(norm(x)) + mlp(norm(x))`; one norm may serve both.
+    Parallel { attention: N, mlp: Option<N> },
+}
+
+impl<N> Residual<N> {
+    /// The same with something else for each norm.
+    pub fn try_map<M>(self, mut f: impl FnMut(N) -> Result<M>) -> Result<Residual<M>> {
+        Ok(match self {
+            Self::Pre { attention, mlp } => Residual::Pre { attention: f(attention)?, mlp: f(mlp)? },
+            Self::PrePost { attention: [a, b], mlp: [c, d] } => Residual::PrePost { attention: [f(a)?, f(b)?], mlp: [f(c)?, f(d)?] },
+            Self::Post { attention, mlp } => Residual::Post { attention: f(attention)?, mlp: f(mlp)? },
+            Self::Summed { attention, mlp } => Residual::Summed { attention: f(attention)?, mlp: f(mlp)? },
+            Self::Normed { attention, mlp } => Residual::Normed { attention: f(attention)?, mlp: f(mlp)? },
+            Self::Parallel { attention, mlp } => Residual::Parallel { attention: f(attention)?, mlp: mlp.map(f).transpose()? },
+        })
+    }
 }
 
 /// The projection to logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Head {
     /// The embeddings; the name is that of a head which the file may have all the same.
-    Tied(&'static str),
+    Tied(Linear),
     /// A tensor of its own.
-    Own(&'static str),
+    Own(Linear),
 }

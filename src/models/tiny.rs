@@ -4,7 +4,7 @@
 use super::{
     families,
     fields::Fields,
-    spec::{DecoderSpec, Extent, Head, Layout, Linear, Mlp, NormKind, Positions, QkNorm, Qkv, Residual},
+    spec::{DecoderSpec, Extent, Head, Layout, Linear, Mlp, Norm, NormKind, Positions, Projection, QkNorm, Qkv},
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -13,9 +13,37 @@ use serde_json::{Value, json};
 use std::{collections::BTreeMap, path::Path};
 use tempfile::TempDir;
 
-/// One of each family.
-pub(crate) const FAMILIES: [&str; 13] =
-    ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "mixtral", "qwen3_moe"];
+/// One of each family, and of each variant that is computed differently.
+pub(crate) const FAMILIES: [&str; 28] = [
+    "gpt2",
+    "gpt_neox",
+    "gpt_neox-serial",
+    "opt",
+    "opt-post",
+    "bloom",
+    "bloom-normed",
+    "falcon",
+    "falcon-new",
+    "falcon-alibi",
+    "phi",
+    "phi-norms",
+    "stablelm",
+    "stablelm-parallel",
+    "stablelm-norms",
+    "starcoder2",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "smollm3",
+    "olmo2",
+    "mixtral",
+    "qwen3_moe",
+];
 
 /// Tensors by name, with shape and values.
 pub(crate) type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
@@ -35,24 +63,33 @@ pub(crate) fn write(config: &Value, dtype: Dtype) -> TempDir {
 
 /// 61 ids, 3 layers, 32 dimensions; windows of 4 where the family has windows, of 6 where all layers have them.
 pub(crate) fn config(family: &str) -> Value {
-    let more = match family {
-        "mistral" => json!({"sliding_window": 6}),
-        "gemma3_text" => json!({"sliding_window_pattern": 2, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
-        "phi3" => json!({
+    let (model_type, variant) = family.split_once('-').unwrap_or((family, ""));
+    let more = match (model_type, variant) {
+        ("gpt_neox", "serial") => json!({"use_parallel_residual": false}),
+        ("opt", "post") => json!({"do_layer_norm_before": false, "word_embed_proj_dim": 24}),
+        ("bloom", "normed") => json!({"apply_residual_connection_post_layernorm": true}),
+        ("falcon", "new") => json!({"new_decoder_architecture": true, "num_kv_heads": 2}),
+        ("falcon", "alibi") => json!({"alibi": true, "multi_query": false, "parallel_attn": false, "bias": true}),
+        ("stablelm", "parallel") => json!({"use_parallel_residual": true, "use_qkv_bias": true}),
+        ("phi" | "stablelm", "norms") => json!({"qk_layernorm": true}),
+        ("starcoder2" | "mistral", _) => json!({"sliding_window": 6}),
+        ("gemma3_text", _) => json!({"sliding_window_pattern": 2, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        ("phi3", _) => json!({
             "sliding_window": 6, "original_max_position_embeddings": 20, "partial_rotary_factor": 0.75,
             "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [2.0, 4.0, 8.0]},
         }),
-        "smollm3" => json!({"no_rope_layer_interval": 2}),
-        "mixtral" => json!({"sliding_window": 6, "num_local_experts": 4}),
-        "qwen3_moe" => json!({
+        ("smollm3", _) => json!({"no_rope_layer_interval": 2}),
+        ("mixtral", _) => json!({"sliding_window": 6, "num_local_experts": 4}),
+        ("qwen3_moe", _) => json!({
             "sliding_window": 6, "num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "mlp_only_layers": [1],
         }),
         _ => json!({}),
     };
-    let mut config = match family {
+    let mut config = match model_type {
         "gpt2" => json!({"model_type": "gpt2", "vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 40}),
+        "bloom" => json!({"model_type": "bloom", "vocab_size": 61, "hidden_size": 36, "n_layer": 3, "n_head": 6}),
         _ => json!({
-            "model_type": family, "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+            "model_type": model_type, "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "ffn_dim": 48, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 40,
             "query_pre_attn_scalar": 8, "use_sliding_window": true, "sliding_window": 4, "max_window_layers": 1,
         }),
@@ -68,16 +105,28 @@ pub(crate) fn tensors(config: &Value) -> Tensors {
     let spec = families::spec(&Fields::new(config.as_object().unwrap().clone())).unwrap();
     let mut random = Random { rng: ChaCha8Rng::seed_from_u64(7), tensors: Tensors::new() };
     let table = |name: &str| format!("{}{name}.weight", spec.base);
-    random.add(table(spec.embedding), vec![spec.vocab, spec.hidden]);
-    if let Positions::Learned { name, len } = spec.positions {
-        random.add(table(name), vec![len, spec.hidden]);
+    random.add(table(spec.embedding), vec![spec.vocab, spec.outer()]);
+    if let Some(name) = spec.embedding_norm {
+        random.norm(spec.norm, &format!("{}{name}", spec.base), spec.hidden);
+    }
+    if let Some(Projection { width, inward, outward }) = spec.projection {
+        random.add(table(inward), vec![spec.hidden, width]);
+        random.add(table(outward), vec![width, spec.hidden]);
+    }
+    if let Positions::Learned { name, skip, len } = spec.positions {
+        random.add(table(name), vec![skip + len, spec.hidden]);
     }
     for index in 0..spec.attention.len() {
         random.layer(&spec, index);
     }
-    random.norm(&spec, &format!("{}{}", spec.base, spec.final_norm));
-    if let Head::Own(name) = spec.head {
-        random.add(format!("{name}.weight"), vec![spec.vocab, spec.hidden]);
+    if let Some(name) = spec.final_norm {
+        random.norm(spec.norm, &format!("{}{name}", spec.base), spec.hidden);
+    }
+    if let Head::Own(Linear { name, bias }) = spec.head {
+        random.add(format!("{name}.weight"), vec![spec.vocab, spec.outer()]);
+        if bias {
+            random.add(format!("{name}.bias"), vec![spec.vocab]);
+        }
     }
     random.tensors
 }
@@ -108,10 +157,13 @@ impl Random {
         self.tensors.insert(name, (shape, values));
     }
 
-    fn norm(&mut self, spec: &DecoderSpec, name: &str) {
-        self.add(format!("{name}.weight"), vec![spec.hidden]);
-        if spec.norm.kind == NormKind::Layer {
-            self.add(format!("{name}.bias"), vec![spec.hidden]);
+    fn norm(&mut self, norm: Norm, name: &str, width: usize) {
+        if norm.kind == NormKind::LayerBare {
+            return;
+        }
+        self.add(format!("{name}.weight"), vec![width]);
+        if norm.kind == NormKind::Layer {
+            self.add(format!("{name}.bias"), vec![width]);
         }
     }
 
@@ -123,7 +175,7 @@ impl Random {
             Qkv::Split([q, k, v]) => {
                 linears.extend([(q, width, spec.hidden), (k, kv_width, spec.hidden), (v, kv_width, spec.hidden)]);
             }
-            Qkv::Fused(qkv) => linears.push((qkv, width + 2 * kv_width, spec.hidden)),
+            Qkv::Fused(qkv) | Qkv::Grouped(qkv) => linears.push((qkv, width + 2 * kv_width, spec.hidden)),
         }
         match spec.mlp {
             Mlp::Plain { up, down, inner, .. } => linears.extend([(up, inner, spec.hidden), (down, spec.hidden, inner)]),
@@ -155,20 +207,20 @@ impl Random {
                 self.add(format!("{prefix}{name}.bias"), vec![outputs]);
             }
         }
-        if let Some(QkNorm { query, key, extent, .. }) = spec.qk_norm {
-            let [width, kv_width] = match extent {
-                Extent::Head => [attention.head_dim; 2],
-                Extent::Token => [width, kv_width],
-            };
-            self.add(format!("{prefix}{query}.weight"), vec![width]);
-            self.add(format!("{prefix}{key}.weight"), vec![kv_width]);
+        if let Some(QkNorm { query, key, norm, extent }) = spec.qk_norm {
+            for (name, heads) in [(query, attention.heads), (key, attention.kv_heads)] {
+                let (name, dim) = (format!("{prefix}{name}"), attention.head_dim);
+                match extent {
+                    Extent::Head => self.norm(norm, &name, dim),
+                    Extent::OwnHead => (0..heads).for_each(|head| self.norm(norm, &format!("{name}.{head}"), dim)),
+                    Extent::Token => self.norm(norm, &name, heads * dim),
+                }
+            }
         }
-        let norms = match spec.residual {
-            Residual::Pre { attention, mlp } | Residual::Post { attention, mlp } => vec![attention, mlp],
-            Residual::PrePost { attention, mlp } => [attention, mlp].concat(),
+        let add = |norm| {
+            self.norm(spec.norm, &format!("{prefix}{norm}"), spec.hidden);
+            Ok(())
         };
-        for norm in norms {
-            self.norm(spec, &format!("{prefix}{norm}"));
-        }
+        spec.residual.try_map(add).unwrap();
     }
 }

@@ -138,12 +138,11 @@ impl Weights {
     }
 
     fn entry(&self, name: &str) -> Result<(String, &Entry)> {
-        let full = format!("{}{name}", self.base);
-        if let Some(entry) = self.entries.get(&full) {
-            return Ok((full, entry));
-        }
-        match self.entries.get(name) {
-            Some(entry) => Ok((name.to_owned(), entry)),
+        // Of two names, as in `model.decoder.`, the first may be missing too.
+        let inner = self.base.split_once('.').map_or("", |(_, inner)| inner);
+        let names = [self.base, inner, ""].map(|base| format!("{base}{name}"));
+        match names.into_iter().find_map(|name| self.entries.get_key_value(&name)) {
+            Some((name, entry)) => Ok((name.clone(), entry)),
             None => Err(Error::load(&self.source, format!("tensor {name} is missing, with and without {:?} before it", self.base))),
         }
     }
@@ -257,6 +256,15 @@ mod tests {
             tensors.insert("rotary_emb.inv_freq".into(), (vec![0, 7], vec![]));
         };
         assert!(opens(&changed(bare)));
+    }
+
+    #[test]
+    fn names_may_lack_the_first_part_of_the_base() {
+        let config = tiny::config("opt-post");
+        let folder = tiny::write(&config, Dtype::F32);
+        let tensors = tiny::tensors(&config).into_iter().map(|(name, tensor)| (name.replace("model.decoder.", "decoder."), tensor));
+        tiny::save(&folder.path().join("model.safetensors"), &tensors.collect(), Dtype::F32);
+        assert!(opens(&folder));
     }
 
     #[test]

@@ -34,6 +34,21 @@ def short():
     yield Case("sample", [8], dict(max_new_tokens=1, do_sample=True, temperature=0.8, top_k=12, top_p=0.8))
 
 
+def varied():
+    """The same for families whose tiny models soon say one thing only: a penalty keeps them going."""
+    yield Case("plain", [7], dict(max_new_tokens=6, repetition_penalty=1.6), full=True)
+    yield Case("batch", [3, 17, 1, 9], dict(max_new_tokens=8, repetition_penalty=1.6), padded=True)
+    yield Case("long", [4], dict(max_new_tokens=50, repetition_penalty=1.6))
+    yield Case("long_prompt", [40, 23], dict(max_new_tokens=6, repetition_penalty=1.6), padded=True)
+    yield Case("sample", [8], dict(max_new_tokens=1, do_sample=True, temperature=0.8, top_k=12, top_p=0.8))
+
+
+def far():
+    """Positions that bf16 does not tell apart."""
+    yield from varied()
+    yield Case("far", [300], dict(max_new_tokens=12, repetition_penalty=1.6))
+
+
 def crossing():
     """For rotations that change past 24 positions: rows before, at and past it, and those that cross it."""
     yield Case("plain", [7], dict(max_new_tokens=6), full=True)
@@ -335,4 +350,4 @@ def story():
     yield tell("sample", dict(max_new_tokens=1, do_sample=True, temperature=1.2, top_k=20, top_p=0.9))
 
 
-SUITES = dict(short=short, crossing=crossing, full=full, sampling_file=sampling_file, story=story)
+SUITES = dict(short=short, varied=varied, far=far, crossing=crossing, full=full, sampling_file=sampling_file, story=story)

@@ -20,8 +20,8 @@ Every folder holds a checkpoint in Hugging Face's format and `cases.jsonl`, one 
                        or, where most are, those that are not
     logits             [row][step] the best raw logits as [id, value]; the case `plain` has every id
 
-Rows are generated one by one, without padding. Everything is computed in f32 with eager attention on one thread, from
-the files as they lie there. A request is recorded only if
+Rows are generated one by one, without padding. Everything is computed in f32 with eager attention (but for falcon with
+ALiBi, whose eager attention adds the biases twice) on one thread, from the files as they lie there. A request is recorded only if
 
  *  the two best scores of each greedy step are at least GAP apart (or exactly equal, in cases that say `ties`),
  *  small noise on the logits changes neither tokens nor the set of banned ids,
@@ -90,6 +90,37 @@ GEMMA2 = dict(
     final_logit_softcapping=9.0, max_position_embeddings=64, bos_token_id=2, eos_token_id=1, pad_token_id=0,
     rope_parameters=dict(rope_type="default", rope_theta=10000.0),
 )  # fmt: skip
+GPT2_INVERSE = GPT2 | dict(n_embd=24, scale_attn_by_inverse_layer_idx=True)
+NEOX = dict(
+    model_type="gpt_neox", vocab_size=103, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
+    max_position_embeddings=64, layer_norm_eps=1e-5, bos_token_id=0, eos_token_id=2,
+    rope_parameters=dict(rope_type="default", rope_theta=1000.0, partial_rotary_factor=0.5),
+)  # fmt: skip
+OPT = dict(
+    model_type="opt", vocab_size=104, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=64, word_embed_proj_dim=32, bos_token_id=2, eos_token_id=2, pad_token_id=1,
+)  # fmt: skip
+BLOOM = dict(model_type="bloom", vocab_size=106, hidden_size=24, n_layer=2, n_head=6, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+FALCON = dict(
+    model_type="falcon", vocab_size=108, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, ffn_hidden_size=60,
+    max_position_embeddings=64, bos_token_id=2, eos_token_id=2, rope_parameters=dict(rope_type="default", rope_theta=1000.0),
+)  # fmt: skip
+PHI = dict(
+    model_type="phi", vocab_size=109, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+    rope_parameters=dict(rope_type="default", rope_theta=1000.0, partial_rotary_factor=0.5),
+)  # fmt: skip
+STABLELM = dict(
+    model_type="stablelm", vocab_size=111, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+    rope_parameters=dict(rope_type="default", rope_theta=1000.0, partial_rotary_factor=0.25),
+)  # fmt: skip
+STARCODER2 = dict(
+    model_type="starcoder2", vocab_size=113, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, sliding_window=6, bos_token_id=0, eos_token_id=0,
+    rope_parameters=dict(rope_type="default", rope_theta=1000.0),
+)  # fmt: skip
+ROPE_SLOW = dict(rope_parameters=dict(rope_type="default", rope_theta=10.0, partial_rotary_factor=0.5))
 
 SMALL = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
@@ -155,12 +186,24 @@ SCALES = {
     ],
     "olmo2": [(r"embed_tokens", 0, 0.7), (r"lm_head", 0, 0.5), (r"[qk]_norm.weight", 1.3, 0.3)],
 }  # fmt: skip
+CLASSIC = [
+    (r"embed_tokens|embed_in|word_embeddings.weight", 0, 0.3), (r"(query_key_value|[qkv]_proj).weight", 0, 0.6),
+    (r"(dense|o(ut)?_proj|4h_to_h|fc2|down_proj|c_proj).weight", 0, 0.6), (r"embed_positions", 0, 0.7),
+    (r"(lm_head|embed_out).weight", 0, 0.5),
+]  # fmt: skip
+SCALES |= {"gpt2-inverse": SCALES["gpt2"]} | dict.fromkeys(
+    [
+        "gpt_neox", "gpt_neox-serial", "opt", "opt-post", "bloom", "bloom-normed", "falcon", "falcon-new", "falcon-new-norm",
+        "falcon-alibi", "phi", "phi-norms", "stablelm", "stablelm-parallel", "stablelm-norms", "starcoder2",
+    ],
+    CLASSIC,
+)  # fmt: skip
 USUAL = [(r"embed_tokens", 0, 0.7), (r"lm_head", 0, 0.5)]
-EVERYWHERE = [(r"(norm|ln_\w+).weight", 1.0, 0.2), (r"bias", 0.0, 0.3)]
+EVERYWHERE = [(r"(norm|ln_\w+|norms\.\d+).weight", 1.0, 0.2), (r"bias", 0.0, 0.3)]
 
 # folder -> how it is made: `config`, whose weights `of` another folder it has, `dtype` of the file, `old` for a
-# config.json with the keys of 4.x, `shards`, `published` names, the `suite` of requests, generation_config `file`, and
-# `matters`: settings of config.json that change the logits if replaced.
+# config.json with the keys of 4.x, `shards`, `published` names, the `suite` of requests, generation_config `file`, the
+# `attention` of the oracle, and `matters`: settings of config.json that change the logits if replaced.
 FOLDERS = {
     "gpt2": dict(config=GPT2, suite="full", published=True, matters=dict(n_head=6)),
     "gpt2-bf16": dict(of="gpt2", dtype=torch.bfloat16),
@@ -192,6 +235,50 @@ FOLDERS = {
     ),
     "gemma2-bf16": dict(of="gemma2", dtype=torch.bfloat16),
     "gemma2-4x": dict(of="gemma2", dtype=torch.bfloat16, old=True, file=dict(cache_implementation="hybrid")),
+    "gpt2-inverse": dict(config=GPT2_INVERSE, dtype=torch.bfloat16, matters=dict(scale_attn_by_inverse_layer_idx=False)),
+    "gpt_neox": dict(config=NEOX, suite="varied", old=True, matters=dict(use_parallel_residual=False, **ROPE_SLOW)),
+    "gpt_neox-serial": dict(
+        suite="varied", config=NEOX | dict(use_parallel_residual=False, attention_bias=False, hidden_act="gelu_fast"),
+        matters=dict(use_parallel_residual=True),
+    ),
+    "opt": dict(config=OPT, suite="varied", dtype=torch.bfloat16, matters=dict(activation_function="gelu", _remove_final_layer_norm=True)),
+    "opt-post": dict(
+        suite="varied", config=OPT | dict(do_layer_norm_before=False, word_embed_proj_dim=20), published=True,
+        dtype=torch.bfloat16, matters=dict(do_layer_norm_before=True),
+    ),
+    "bloom": dict(
+        config=BLOOM, suite="far", dtype=torch.bfloat16, published=True, matters=dict(apply_residual_connection_post_layernorm=True)
+    ),
+    "bloom-normed": dict(
+        suite="varied", config=BLOOM | dict(n_head=4, apply_residual_connection_post_layernorm=True),
+        matters=dict(apply_residual_connection_post_layernorm=False),
+    ),
+    "falcon": dict(suite="varied", config=FALCON, old=True, matters=ROPE_SLOW),
+    "falcon-new": dict(
+        suite="varied", config=FALCON | dict(num_attention_heads=6, num_kv_heads=2, new_decoder_architecture=True), matters=ROPE_SLOW
+    ),
+    "falcon-new-norm": dict(
+        suite="varied",
+        config=FALCON | dict(num_attention_heads=6, num_kv_heads=3, new_decoder_architecture=True, num_ln_in_parallel_attn=1),
+    ),
+    "falcon-alibi": dict(
+        config=FALCON | dict(alibi=True, multi_query=False, parallel_attn=False, bias=True),
+        attention="sdpa", suite="far", matters=dict(alibi=False),
+    ),
+    "phi": dict(suite="varied", dtype=torch.bfloat16, config=PHI, matters=ROPE_SLOW),
+    "phi-norms": dict(
+        suite="varied", dtype=torch.bfloat16, config=PHI | dict(num_key_value_heads=4, qk_layernorm=True),
+        matters=dict(qk_layernorm=False),
+    ),
+    "stablelm": dict(suite="varied", dtype=torch.bfloat16, config=STABLELM, old=True, matters=ROPE_SLOW),
+    "stablelm-parallel": dict(
+        suite="varied", dtype=torch.bfloat16, config=STABLELM | dict(use_parallel_residual=True, use_qkv_bias=True),
+        matters=dict(use_qkv_bias=False),
+    ),
+    "stablelm-norms": dict(
+        suite="varied", dtype=torch.bfloat16, config=STABLELM | dict(qk_layernorm=True), matters=dict(qk_layernorm=False)
+    ),
+    "starcoder2": dict(suite="varied", config=STARCODER2, matters=dict(sliding_window=7, use_bias=False, hidden_act="relu", **ROPE_SLOW)),
     "mistral": dict(config=MISTRAL, dtype=torch.bfloat16, matters=dict(sliding_window=7)),
     "qwen3": dict(config=QWEN3, dtype=torch.bfloat16),
     "gemma": dict(config=GEMMA, dtype=torch.bfloat16, matters=dict(hidden_act="silu")),
@@ -246,12 +333,14 @@ def fill(model, base):
 
 
 def publish(folder, model):
-    """GPT-2's file as openai-community has it: no prefix, and the causal masks that old versions stored."""
+    """The file as it is published: no prefix, or OPT's shorter one, and the causal masks that old versions of GPT-2 stored."""
     path = folder / "model.safetensors"
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
-    positions = model.config.n_positions
-    for layer in range(model.config.n_layer):
-        tensors[f"h.{layer}.attn.bias"] = torch.tril(torch.ones(positions, positions)).view(1, 1, positions, positions)
+    prefix = "model." if model.config.model_type == "opt" else "transformer."
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}
+    if model.config.model_type == "gpt2":
+        positions = model.config.n_positions
+        for layer in range(model.config.n_layer):
+            tensors[f"h.{layer}.attn.bias"] = torch.tril(torch.ones(positions, positions)).view(1, 1, positions, positions)
     save_file(tensors, path, metadata={"format": "pt"})
 
 
@@ -259,7 +348,10 @@ def age(path):
     """config.json with the keys of 4.x: nothing nested for plain rotary positions, `type` for scaled ones."""
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")
-    config["rope_theta"] = rope.pop("rope_theta")
+    neox = config["model_type"] == "gpt_neox"
+    config["rotary_emb_base" if neox else "rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        config["rotary_pct" if neox else "partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     kind = rope.pop("rope_type")
     config["rope_scaling"] = None if kind == "default" else {"rope_type" if kind == "llama3" else "type": kind, **rope}
     config["torch_dtype"] = config.pop("dtype")
@@ -280,7 +372,7 @@ def sensitive(folder, oracle):
         for key, value in FOLDERS[folder].get("matters", {}).items():
             config = AutoConfig.from_pretrained(HERE / folder)
             setattr(config, key, value)
-            other = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+            other = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=oracle.attention).eval()
             other.load_state_dict(oracle.model.state_dict(), strict=False)
             change = (other(ids).logits - logits).abs().max().item()
             assert change > 0.01, f"{folder}: {key} = {value} changes logits by {change}"
@@ -293,7 +385,7 @@ def make(folder):
         suite = SUITES["story"]
     else:
         make_checkpoint(folder)
-        oracle = Oracle(HERE / folder)
+        oracle = Oracle(HERE / folder, attention=FOLDERS[folder].get("attention", "eager"))
         sensitive(folder, oracle)
         suite = SUITES[FOLDERS[folder].get("suite", "short")]
     family = FOLDERS.get(folder, {}).get("of", folder)

@@ -31,24 +31,25 @@ class Row:
         return self.tokens == other.tokens and self.scores.shape == other.scores.shape and np.array_equal(self.scores, other.scores)
 
 
-def load(folder):
+def load(folder, attention):
     """The model in f32. Versions before 5 have another name for the type, and rotary positions under other keys."""
     config, old = AutoConfig.from_pretrained(folder), transformers.__version__ < "5"
-    if old and (rope := dict(getattr(config, "rope_parameters", {}))):
+    if old and (rope := dict(getattr(config, "rope_parameters", None) or {})):
         config.rope_theta = rope.pop("rope_theta")
         config.rope_scaling = None if rope["rope_type"] == "default" else rope
     options = {"torch_dtype": torch.float32} if old else {"dtype": torch.float32, "experts_implementation": "eager"}
-    return AutoModelForCausalLM.from_pretrained(folder, config=config, attn_implementation="eager", **options).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, attn_implementation=attention, **options).eval()
 
 
 class Oracle:
-    def __init__(self, folder, tokenizer=None):
-        self.model = load(folder)
+    def __init__(self, folder, tokenizer=None, attention="eager"):
+        self.attention = attention
+        self.model = load(folder, attention)
         self.exact = copy.deepcopy(self.model).double()
         self.tokenizer = tokenizer
         self.vocab = self.model.config.vocab_size
         # Whether angles follow the length of a row: its logits are then not those of one uncached pass.
-        self.follows = (self.model.config.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope")
+        self.follows = (getattr(self.model.config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope")
 
     def draws(self, fields):
         return bool(fields.get("do_sample", self.model.generation_config.do_sample))

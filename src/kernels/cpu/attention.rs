@@ -12,7 +12,7 @@ use super::{
 use crate::{
     cache::{PAGE, Pages},
     error::Result,
-    kernels::{Attention, Span, Store},
+    kernels::{Alibi, Attention, Span, Store},
 };
 use std::{array::from_fn, ops::Range, sync::Arc};
 
@@ -59,7 +59,8 @@ pub(super) fn attend(level: Level, attention: &Attention, layer: usize, qkv: &[f
                     let end = row.store.len() + token + 1;
                     let start = attention.window.map_or(0, |window| end.saturating_sub(window));
                     let token = row.first + token;
-                    Query { x: &qkv[token * width + head * dim..][..dim], seen: start..end, to: token * heads + head }
+                    let alibi = attention.alibi.get(head).copied();
+                    Query { x: &qkv[token * width + head * dim..][..dim], seen: start..end, to: token * heads + head, alibi }
                 });
                 jobs.push(Job { level, attention, layer, head, store: row.store, queries: queries.collect() });
             }
@@ -84,6 +85,7 @@ struct Query<'a> {
     seen: Range<usize>,
     /// Its place in the result.
     to: usize,
+    alibi: Option<Alibi>,
 }
 
 /// Queries of one row that share a key-value head.
@@ -233,7 +235,9 @@ impl Work<'_> {
         let first = start / PAGE * PAGE;
         let scores = &mut self.scores[i * SPAN..][first..end.next_multiple_of(PAGE)];
         let Attention { scale, softcap, .. } = *self.job.attention;
-        (self.part.max[i], self.part.sum[i]) = self.job.level.run(Soften { scores, seen: start - first..end - first, scale, softcap });
+        let bias = self.job.queries[i].alibi.map(|alibi| (alibi, self.pages * PAGE + first));
+        (self.part.max[i], self.part.sum[i]) =
+            self.job.level.run(Soften { scores, seen: start - first..end - first, scale, softcap, bias });
     }
 
     /// Adds the values of `positions` to the rows of `R` queries, with their weights.
@@ -279,6 +283,8 @@ struct Soften<'a> {
     seen: Range<usize>,
     scale: f32,
     softcap: Option<f32>,
+    /// With the position of the first score.
+    bias: Option<(Alibi, usize)>,
 }
 
 impl Task for Soften<'_> {
@@ -286,13 +292,18 @@ impl Task for Soften<'_> {
 
     #[inline(always)]
     fn run<I: Isa>(self, _: I) -> (f32, f32) {
-        let Self { scores, seen, scale, softcap } = self;
+        let Self { scores, seen, scale, softcap, bias } = self;
         for score in scores.iter_mut() {
             *score *= scale;
         }
         if let Some(cap) = softcap {
             for score in scores.iter_mut() {
                 *score = cap * math::tanh(*score / cap);
+            }
+        }
+        if let Some((alibi, first)) = bias {
+            for (position, score) in (first..).zip(scores.iter_mut()) {
+                *score += alibi.at(position);
             }
         }
         // Also hides what an unwritten or later position holds.
@@ -331,7 +342,8 @@ mod tests {
 
     impl Case {
         fn new(heads: usize, kv_heads: usize, head_dim: usize, pairs: usize) -> Self {
-            let attention = Attention { heads, kv_heads, head_dim, scale: 1.7 / (head_dim as f32).sqrt(), softcap: None, window: None };
+            let scale = 1.7 / (head_dim as f32).sqrt();
+            let attention = Attention { heads, kv_heads, head_dim, scale, softcap: None, window: None, alibi: [].into() };
             let inv_freq = (0..pairs).map(|i| 0.3f32.powi(i as i32)).collect();
             Self { attention, rope: (pairs > 0).then_some(Rope { inv_freq, scale: 1.1 }), level: Level::best() }
         }
@@ -385,7 +397,7 @@ mod tests {
 
         /// The definition, in f64.
         fn reference(&self, tokens: &[f32]) -> Vec<f64> {
-            let Attention { heads, kv_heads, head_dim: dim, scale, softcap, window } = self.attention;
+            let &Attention { heads, kv_heads, head_dim: dim, scale, softcap, window, .. } = &self.attention;
             let head = |token: usize, head: usize| -> Vec<f64> {
                 let mut x: Vec<f64> = tokens[token * self.width() + head * dim..][..dim].iter().map(|&x| f64::from(x)).collect();
                 if let Some(rope) = self.rope.as_ref().filter(|_| head < heads + kv_heads) {
@@ -406,7 +418,8 @@ mod tests {
                 let seen: Vec<usize> = (window.map_or(0, |window| (token + 1).saturating_sub(window))..=token).collect();
                 let score = |&at: &usize| {
                     let score = dot(&head(token, q), &head(at, heads + kv)) * f64::from(scale);
-                    softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh()).exp()
+                    let bias = self.attention.alibi.get(q).map_or(0.0, |alibi| f64::from(alibi.at(at)) - f64::from(alibi.at(token)));
+                    (bias + softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())).exp()
                 };
                 let weights: Vec<f64> = seen.iter().map(score).collect();
                 let values: Vec<Vec<f64>> = seen.iter().map(|&at| head(at, heads + kv_heads + kv)).collect();
@@ -417,7 +430,7 @@ mod tests {
         }
     }
 
-    /// Grouped, rotated in part, capped, windowed (inside a page, over pages, over spans), one head for all, a ragged head.
+    /// Grouped, rotated in part, capped, windowed (inside a page, over pages, over spans), one head for all, a ragged head, biased.
     fn cases() -> Vec<(Case, usize)> {
         let mut capped = Case::new(6, 2, 8, 4);
         capped.attention.softcap = Some(0.5);
@@ -426,6 +439,11 @@ mod tests {
         windowed.attention.window = Some(270);
         let mut narrow = Case::new(2, 2, 4, 0);
         narrow.attention.window = Some(20);
+        let biased = |coarse| {
+            let mut case = Case::new(3, 1, 4, 0);
+            case.attention.alibi = [0.25, 0.01, 0.7].map(|slope| Alibi { slope, scale: 0.5, coarse }).into();
+            case
+        };
         vec![
             (Case::new(9, 3, 16, 8), 40),
             (Case::new(4, 4, 20, 3), 35),
@@ -433,6 +451,8 @@ mod tests {
             (windowed, 530),
             (narrow, 530),
             (Case::new(8, 1, 32, 16), 18),
+            (biased(false), 270),
+            (biased(true), 270),
         ]
     }
 

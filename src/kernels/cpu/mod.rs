@@ -227,7 +227,7 @@ mod tests {
     fn a_full_store_refuses_by_name() {
         let ops = CpuOps::new();
         let mut store = ops.store(StoreShape { layers: 1, kv_heads: 1, head_dim: 2 }, Room::Reserve(1)).unwrap();
-        let attention = Attention { heads: 1, kv_heads: 1, head_dim: 2, scale: 1.0, softcap: None, window: None };
+        let attention = Attention { heads: 1, kv_heads: 1, head_dim: 2, scale: 1.0, softcap: None, window: None, alibi: [].into() };
         let qkv = Act { data: vec![0.5; 12], width: 6 };
         let error = ops.attend(&attention, 0, qkv, None, &mut [Span { first: 0, count: 2, store: &mut store }]).unwrap_err();
         assert_eq!(error.to_string(), "invalid generation config: max_cache_len = 1: 2 positions are needed");

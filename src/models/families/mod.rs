@@ -4,8 +4,8 @@ mod classic;
 mod rotary;
 
 use super::{
-    fields::Fields,
-    spec::{DecoderSpec, Head},
+    fields::{COUNT, Fields},
+    spec::{DecoderSpec, Head, Linear},
 };
 use crate::{
     error::{Error, Result},
@@ -14,8 +14,15 @@ use crate::{
 
 type Family = fn(&Fields) -> Result<DecoderSpec>;
 
-const FAMILIES: [(&str, Family); 14] = [
+const FAMILIES: [(&str, Family); 21] = [
     ("gpt2", classic::gpt2),
+    ("gpt_neox", classic::gpt_neox),
+    ("opt", classic::opt),
+    ("bloom", classic::bloom),
+    ("falcon", classic::falcon),
+    ("phi", classic::phi),
+    ("stablelm", classic::stablelm),
+    ("starcoder2", classic::starcoder2),
     ("llama", rotary::llama),
     ("mistral", rotary::mistral),
     ("qwen2", rotary::qwen2),
@@ -50,6 +57,16 @@ pub(crate) fn spec(config: &Fields) -> Result<DecoderSpec> {
         }
     }
 }
+
+/// The number of heads of keys and values; as many as there are heads if there is no default.
+fn kv_heads(config: &Fields, field: &str, heads: usize, default: Option<usize>) -> Result<usize> {
+    let kv_heads = config.optional_size(field, default, COUNT)?.unwrap_or(heads);
+    match heads % kv_heads {
+        0 => Ok(kv_heads),
+        _ => Err(config.error(field, kv_heads, &format!("a divisor of num_attention_heads = {heads} is accepted"))),
+    }
+}
+
 /// The heads' share of the width.
 fn share(config: &Fields, field: &str, hidden: usize, heads: usize) -> Result<usize> {
     match hidden % heads {
@@ -59,7 +76,8 @@ fn share(config: &Fields, field: &str, hidden: usize, heads: usize) -> Result<us
 }
 
 fn head(config: &Fields, tied: bool) -> Result<Head> {
-    Ok(if config.flag("tie_word_embeddings", tied)? { Head::Tied("lm_head") } else { Head::Own("lm_head") })
+    let head = Linear { name: "lm_head", bias: false };
+    Ok(if config.flag("tie_word_embeddings", tied)? { Head::Tied(head) } else { Head::Own(head) })
 }
 
 /// Gives `window` to the layers that `layer_types` calls sliding, or `slides` where the field is absent.
@@ -91,9 +109,9 @@ fn activation(config: &Fields, field: &str, default: &str) -> Result<Activation>
     match config.text(field, default)? {
         "silu" | "swish" => Ok(Activation::Silu),
         "gelu" => Ok(Activation::Gelu),
-        "gelu_new" | "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
+        "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
         "relu" => Ok(Activation::Relu),
-        other => Err(config.error(field, other, "silu, swish, gelu, gelu_new, gelu_pytorch_tanh and relu are accepted")),
+        other => Err(config.error(field, other, "silu, swish, gelu, gelu_new, gelu_fast, gelu_pytorch_tanh and relu are accepted")),
     }
 }
 
@@ -136,7 +154,10 @@ mod tests {
             let spec = of(&json!({"model_type": name})).unwrap();
             let Attention { heads, kv_heads, head_dim, .. } = spec.attention[0];
             let (Mlp::Plain { inner, .. } | Mlp::Gated { inner, .. } | Mlp::GatedFused { inner, .. }) = spec.mlp;
-            let (Positions::Learned { len, .. } | Positions::Rope { trained: len, .. }) = spec.positions;
+            let len = match spec.positions {
+                Positions::Learned { len, .. } | Positions::Rope { trained: len, .. } => len,
+                Positions::Alibi { trained } => trained.unwrap_or(0),
+            };
             [spec.vocab, spec.hidden, inner, spec.attention.len(), heads, kv_heads, head_dim, len]
         };
         assert_eq!(sizes("gpt2"), [50257, 768, 3072, 12, 12, 12, 64, 1024]);
@@ -152,9 +173,17 @@ mod tests {
         assert_eq!(sizes("olmo2"), [50304, 4096, 11008, 32, 32, 32, 128, 2048]);
         assert_eq!(sizes("mixtral"), [32000, 4096, 14336, 32, 32, 8, 128, 131072]);
         assert_eq!(sizes("qwen3_moe"), [151936, 2048, 6144, 24, 32, 4, 64, 32768]);
-        let tied = |name: &&str| matches!(of(&json!({"model_type": name})).unwrap().head, Head::Tied(_));
-        let tied: Vec<_> = tiny::FAMILIES.into_iter().filter(tied).collect();
-        assert_eq!(tied, ["gpt2", "gemma", "gemma2", "gemma3_text", "smollm3"]);
+        assert_eq!(sizes("gpt_neox"), [50432, 6144, 24576, 44, 64, 64, 96, 2048]);
+        assert_eq!(sizes("opt"), [50272, 768, 3072, 12, 12, 12, 64, 2048]);
+        assert_eq!(sizes("bloom"), [250880, 64, 256, 2, 8, 8, 8, 0]);
+        assert_eq!(sizes("falcon"), [65024, 4544, 18176, 32, 71, 1, 64, 2048]);
+        assert_eq!(sizes("phi"), [51200, 2048, 8192, 24, 32, 32, 64, 2048]);
+        assert_eq!(sizes("stablelm"), [50304, 2560, 6912, 32, 32, 32, 80, 4096]);
+        assert_eq!(sizes("starcoder2"), [49152, 3072, 12288, 30, 24, 2, 128, 4096]);
+        let tied = |name: &&str| *name != "gemma3" && matches!(of(&json!({"model_type": name})).unwrap().head, Head::Tied(_));
+        let tied: Vec<_> = FAMILIES.into_iter().map(|(name, _)| name).filter(tied).collect();
+        let expected = ["gpt2", "opt", "bloom", "falcon", "starcoder2", "gemma", "gemma2", "gemma3_text", "smollm3"];
+        assert_eq!(tied, expected);
     }
 
     #[test]
@@ -251,7 +280,10 @@ mod tests {
         let mut text = tiny::config("gemma3_text");
         text["tie_word_embeddings"] = json!(false);
         let spec = of(&json!({"model_type": "gemma3", "text_config": text})).unwrap();
-        assert_eq!((spec.base, spec.head, spec.hidden), ("language_model.model.", Head::Tied("language_model.lm_head"), 32));
+        assert_eq!(
+            (spec.base, spec.head, spec.hidden),
+            ("language_model.model.", Head::Tied(Linear { name: "language_model.lm_head", bias: false }), 32)
+        );
         let reason = "cannot load config.json: text_config = null: an object is accepted";
         refused("gemma3_text", json!({"model_type": "gemma3"}), reason);
     }
@@ -301,8 +333,8 @@ mod tests {
 
     #[test]
     fn unknown_models_are_refused_by_name() {
-        let known = "known are gpt2, llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3, gemma3_text, phi3, smollm3, olmo2, mixtral, \
-            qwen3_moe";
+        let known = "known are gpt2, gpt_neox, opt, bloom, falcon, phi, stablelm, starcoder2, llama, mistral, \
+            qwen2, qwen3, gemma, gemma2, gemma3, gemma3_text, phi3, smollm3, olmo2, mixtral, qwen3_moe";
         refused("llama", json!({"model_type": "lama"}), &format!("cannot load config.json: model_type = \"lama\": {known}"));
         refused("llama", json!({"model_type": "absent"}), &format!("cannot load config.json: model_type = \"\": {known}"));
         let reason = "unsupported: model_type \"bart\": encoder-decoder models are not built yet";
@@ -310,7 +342,8 @@ mod tests {
         assert!(matches!(with("llama", json!({"is_encoder_decoder": true})), Err(Error::Unsupported(_))));
         assert!(matches!(with("llama", json!({"quantization_config": {}})), Err(Error::Unsupported(_))));
         assert!(with("llama", json!({"quantization_config": null})).is_ok());
-        let reason = "cannot load config.json: hidden_act = mish: silu, swish, gelu, gelu_new, gelu_pytorch_tanh and relu are accepted";
+        let reason =
+            "cannot load config.json: hidden_act = mish: silu, swish, gelu, gelu_new, gelu_fast, gelu_pytorch_tanh and relu are accepted";
         refused("qwen2", json!({"hidden_act": "mish"}), reason);
     }
 }

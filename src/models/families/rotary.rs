@@ -1,6 +1,6 @@
 //! Families in llama's line: rotary positions, grouped heads, root-mean-square norms, a gated feed-forward part.
 
-use super::{activation, head, share, windows};
+use super::{activation, head, kv_heads, share, windows};
 use crate::{
     error::{Error, Result},
     kernels::{Activation, Attention},
@@ -118,8 +118,8 @@ pub(super) fn gemma3(config: &Fields) -> Result<DecoderSpec> {
     let text = config.object("text_config")?.ok_or_else(|| config.error("text_config", "null", "an object is accepted"))?;
     // HF: whether the head is tied stands beside the text's own fields.
     let head = match config.flag("tie_word_embeddings", true)? {
-        true => Head::Tied("language_model.lm_head"),
-        false => Head::Own("language_model.lm_head"),
+        true => Head::Tied(Linear { name: "language_model.lm_head", bias: false }),
+        false => Head::Own(Linear { name: "language_model.lm_head", bias: false }),
     };
     Ok(DecoderSpec { family: "gemma3", base: "language_model.model.", head, ..gemma3_text(&text)? })
 }
@@ -408,17 +408,15 @@ fn rotary(config: &Fields, shape: Shape) -> Result<DecoderSpec> {
 fn rotary_in(config: &Fields, shape: Shape, rotations: impl FnOnce(&Fields, Heads) -> Result<Vec<Rotation>>) -> Result<DecoderSpec> {
     let hidden = config.size("hidden_size", shape.hidden, WIDTH)?;
     let heads = config.size("num_attention_heads", shape.heads, COUNT)?;
-    let kv_heads = config.optional_size("num_key_value_heads", shape.kv_heads, COUNT)?.unwrap_or(heads);
-    if heads % kv_heads != 0 {
-        return Err(config.error("num_key_value_heads", kv_heads, &format!("a divisor of num_attention_heads = {heads} is accepted")));
-    }
+    let kv_heads = kv_heads(config, "num_key_value_heads", heads, shape.kv_heads)?;
     let head_dim = match config.optional_size("head_dim", shape.head_dim, COUNT)? {
         Some(head_dim) => head_dim,
         None => share(config, "num_attention_heads", hidden, heads)?,
     };
     let trained = config.size("max_position_embeddings", shape.positions, WIDTH)?;
     let layers = config.size("num_hidden_layers", shape.layers, COUNT)?;
-    let attention = Attention { heads, kv_heads, head_dim, scale: (head_dim as f64).powf(-0.5) as f32, softcap: None, window: None };
+    let scale = (head_dim as f64).powf(-0.5) as f32;
+    let attention = Attention { heads, kv_heads, head_dim, scale, softcap: None, window: None, alibi: [].into() };
     let turned = Heads { dim: head_dim, partial: shape.partial, theta: shape.theta, trained, original: shape.original };
     let qkv = |name| Linear { name, bias: shape.qkv_bias };
     let mlp = |name| Linear { name, bias: shape.mlp_bias };
@@ -429,6 +427,8 @@ fn rotary_in(config: &Fields, shape: Shape, rotations: impl FnOnce(&Fields, Head
         hidden,
         embedding: "embed_tokens",
         embedding_scale: None,
+        embedding_norm: None,
+        projection: None,
         positions: Positions::Rope { rotations: rotations(config, turned)?, layers: vec![Some(0); layers], trained },
         layer: "layers.",
         attention: vec![attention; layers],
@@ -446,7 +446,7 @@ fn rotary_in(config: &Fields, shape: Shape, rotations: impl FnOnce(&Fields, Head
         experts: None,
         norm: Norm { kind: NormKind::Rms, eps: config.positive("rms_norm_eps", shape.eps)? as f32 },
         residual: Residual::Pre { attention: "input_layernorm", mlp: "post_attention_layernorm" },
-        final_norm: "norm",
+        final_norm: Some("norm"),
         head: head(config, shape.tied)?,
         softcap: None,
     })
