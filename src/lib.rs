@@ -48,6 +48,7 @@ mod cache;
 pub mod config;
 mod error;
 mod generator;
+mod hub;
 mod kernels;
 pub mod logits;
 mod memory;
