@@ -153,16 +153,16 @@ fn snapshot(repo: &Repo, settings: &Settings, progress: Option<&OnProgress>) -> 
 fn cached(repo: &Repo, settings: &Settings, cache: &Cache) -> Result<PathBuf> {
     let lacks = |what: &str| {
         let (revision, cache) = (&settings.revision, settings.cache.display());
-        error(repo, format!("offline, and {what} of revision {revision} is not in the cache {cache}: download it once with the network on"))
+        error(repo, format!("offline, and {what}revision {revision} is not in the cache {cache}: download it once with the network on"))
     };
-    let folder = cache.commit(&settings.revision).map(|commit| cache.snapshot(&commit)).ok_or_else(|| lacks("nothing"))?;
+    let folder = cache.commit(&settings.revision).map(|commit| cache.snapshot(&commit)).ok_or_else(|| lacks(""))?;
     let names: Vec<_> =
         pick::WEIGHTS.iter().chain([&pick::CONFIG]).filter(|name| folder.join(name).is_file()).map(|name| name.to_string()).collect();
-    let names = pick::files(names.iter()).map_err(|_| lacks("config.json or the weights"))?;
+    let names = pick::files(names.iter()).map_err(|_| lacks("config.json or the weights of "))?;
     if let Some(index) = names.iter().find(|name| pick::is_index(name)) {
         let shards = pick::shards(&folder.join(index))?;
         if let Some(missing) = shards.iter().find(|shard| !folder.join(shard).is_file()) {
-            return Err(lacks(missing));
+            return Err(lacks(&format!("{missing} of ")));
         }
     }
     Ok(folder)

@@ -47,7 +47,8 @@ impl Detokenizer {
         self.open += 1;
         let text = self.tokenizer.decode(&self.window, true)?;
         let broken = text.ends_with(REPLACEMENT);
-        let piece = self.show(settled(&text), broken && self.open < CHARACTER)?;
+        let certain = self.tokenizer.tidied(settled(&text)).len();
+        let piece = self.show(&text[..certain], broken && self.open < CHARACTER)?;
         if !broken {
             self.open = 0;
             self.slide()?;
