@@ -61,12 +61,12 @@ fn place(name: &str, tensor: &Pickled, storage: Option<&Range<usize>>) -> Result
     let storage = storage.ok_or_else(|| format!("tensor {name} lies in storage {}, which is not there", held.key))?;
     let count = shape.iter().try_fold(1u64, |count, &len| count.checked_mul(len));
     let count = count.filter(|_| shape.len() == stride.len()).ok_or_else(|| format!("tensor {name} has the shape {shape:?}"))?;
-    let mut step = 1;
+    let mut step = 1u64;
     for (&len, &stride) in shape.iter().zip(stride).rev() {
         if len > 1 && count > 0 && stride != step {
             return Err(format!("tensor {name} of shape {shape:?} does not lie in a row; save a contiguous copy of it"));
         }
-        step *= len.max(1);
+        step = step.saturating_mul(len.max(1));
     }
     let bytes = |values: u64| usize::try_from(values).ok()?.checked_mul(width(held.dtype));
     let range = bytes(*offset).zip(bytes(count)).and_then(|(offset, len)| {
@@ -132,4 +132,115 @@ fn archive(file: &[u8]) -> Option<HashMap<&str, Range<usize>>> {
 fn number(bytes: &[u8], at: usize, len: usize) -> Option<usize> {
     let bytes = bytes.get(at..at.checked_add(len)?)?;
     usize::try_from(bytes.iter().rev().fold(0u64, |number, &byte| number << 8 | u64::from(byte))).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::models::pickle::Unpickler;
+
+    fn golden(name: &str) -> Vec<u8> {
+        std::fs::read(format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap()
+    }
+
+    const FILES: [&str; 3] = [
+        "gpt2-bin/pytorch_model.bin",
+        "gpt2-bin-sharded/pytorch_model-00001-of-00003.bin",
+        "gpt2-bin-sharded/pytorch_model-00002-of-00003.bin",
+    ];
+
+    #[test]
+    fn both_forms_are_read() {
+        let file = golden(FILES[0]);
+        let tensors = tensors(&file).unwrap();
+        let found = |name: &str| tensors.iter().find(|tensor| tensor.name.ends_with(name)).unwrap();
+        assert_eq!((found("attn.bias").dtype, &found("attn.bias").shape[..]), (Dtype::BOOL, &[1, 1, 4, 4][..]));
+        assert_eq!(file[found("attn.bias").bytes.clone()], [1, 0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1]);
+        assert_eq!(
+            (found("masked_bias").shape.len(), file[found("masked_bias").bytes.clone()].to_vec()),
+            (0, (-1e4f32).to_le_bytes().to_vec())
+        );
+        assert_eq!((found("wte.weight").dtype, &found("wte.weight").shape[..]), (Dtype::BF16, &[101, 36][..]));
+
+        let file = golden(FILES[1]);
+        assert!(file.starts_with(&MAGIC));
+        let tensors = super::tensors(&file).unwrap();
+        assert!(tensors.len() > 3 && tensors.iter().all(|tensor| tensor.dtype == Dtype::F16));
+        assert!(tensors.windows(2).all(|pair| pair[0].bytes.end == pair[1].bytes.start), "all of them lie in one storage");
+    }
+
+    #[test]
+    fn damage_is_an_error_or_leads_to_bytes_in_the_file() {
+        let check = |file: &[u8]| {
+            for tensor in tensors(file).unwrap_or_default() {
+                assert!(file.get(tensor.bytes).is_some());
+            }
+        };
+        for name in FILES {
+            let mut file = golden(name);
+            for len in (0..file.len()).step_by(97) {
+                assert!(tensors(&file[..len]).is_err(), "{name} of {len} bytes");
+            }
+            // Every byte of the descriptions: they lie at the beginning and, of an archive, at the end.
+            let (len, values) = (file.len(), file.len() / 2);
+            for at in (0..4000.min(len)).chain(len.saturating_sub(4000)..len).chain([values]) {
+                for wrong in [0, 0x7f, 0xff, file[at] ^ 1] {
+                    let right = std::mem::replace(&mut file[at], wrong);
+                    check(&file);
+                    file[at] = right;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn hostile_pickles_end_in_errors() {
+        let read = |pickle: &[u8]| Unpickler::new(pickle).tensors().map(|tensors| tensors.len());
+        // A pair of pairs of pairs: 2 to the power of 30 values, if each were a copy.
+        let laughs = [b"N".to_vec(), b"q\0h\0\x86".repeat(30), b".".to_vec()].concat();
+        assert!(read(&laughs).unwrap_err().contains("nests more than 16 tuples"));
+        let nest = [b"N".to_vec(), vec![0x85; 1 << 20], b".".to_vec()].concat();
+        assert!(read(&nest).unwrap_err().contains("nests"));
+        for (pickle, part) in [
+            (&b""[..], "ends in the middle"),
+            (b".", "empty stack"),
+            (b"N.", "no dict of tensors"),
+            (b"X\xff\xff\xff\xffa.", "ends in the middle"),
+            (b"t", "empty stack"),
+            (b"\x87", "empty stack"),
+            (b"h\0.", "recalls value 0"),
+            (b"Na.", "empty stack"),
+            (b"NNa.", "no list"),
+            (b"(NNe.", "empty stack"),
+            (b"]NNs.", "no dict"),
+            (b"X\x01\0\0\0\xff.", "not UTF-8"),
+            (b"\x8f.", "the code 0x8f"),
+        ] {
+            let error = read(pickle).unwrap_err();
+            assert!(error.contains(part), "{pickle:?}: {error}");
+        }
+        // What would run a program elsewhere is a value without a meaning here.
+        assert_eq!(read(b"}X\x01\0\0\0acos\nsystem\nX\x02\0\0\0ls\x85Rs."), Ok(0));
+    }
+
+    #[test]
+    fn places_are_checked() {
+        let storage = Rc::new(Storage { key: "0".into(), dtype: Dtype::F32, len: 6 });
+        let put = |offset, shape: &[u64], stride: &[u64]| {
+            let tensor = Pickled { storage: storage.clone(), offset, shape: shape.to_vec(), stride: stride.to_vec() };
+            place("t", &tensor, Some(&(100..124))).map(|tensor| tensor.bytes)
+        };
+        assert_eq!(put(0, &[2, 3], &[3, 1]), Ok(100..124));
+        assert_eq!(put(2, &[4, 1], &[1, 99]), Ok(108..124));
+        assert_eq!(put(6, &[0, 3], &[9, 9]), Ok(124..124));
+        assert_eq!(put(5, &[], &[]), Ok(120..124));
+        assert!(put(0, &[3, 2], &[1, 3]).unwrap_err().contains("does not lie in a row"));
+        assert!(put(1, &[2, 3], &[3, 1]).unwrap_err().contains("ends after its storage"));
+        assert!(put(0, &[2], &[]).unwrap_err().contains("shape"));
+        for huge in [&[1 << 63, 4][..], &[u64::MAX], &[1 << 62]] {
+            assert!(put(0, huge, &vec![1; huge.len()]).is_err());
+            assert!(put(u64::MAX, huge, &vec![1; huge.len()]).is_err());
+        }
+    }
 }

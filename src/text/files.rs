@@ -188,3 +188,58 @@ fn frame(inner: &Tokenizer, config: &Map<String, Value>) -> Option<Value> {
     let frame = json!({"type": "TemplateProcessing", "single": around("A"), "pair": pair, "special_tokens": known});
     (bos.is_some() || eos.is_some()).then_some(frame)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let usual = [
+            ("vocab.json", r#"{"a": 0, "b": 1, "ab": 2}"#),
+            ("merges.txt", "#version: 0.2\na b\n"),
+            ("config.json", r#"{"model_type": "gpt2"}"#),
+        ];
+        for (name, text) in usual.iter().chain(files) {
+            fs::write(folder.path().join(name), text).unwrap();
+        }
+        folder
+    }
+
+    #[test]
+    fn the_class_names_its_tokens_and_numbers_those_that_the_vocabulary_lacks() {
+        let (tokenizer, named) = open(folder(&[]).path()).unwrap().unwrap();
+        assert_eq!(tokenizer.encode_fast("ab<|endoftext|>", true).unwrap().get_ids(), [2, 3]);
+        assert_eq!(named.keys().collect::<Vec<_>>(), ["bos_token", "eos_token", "unk_token"]);
+        let silent = r#"{"bos_token": null, "eos_token": "</s>", "unk_token": null, "add_bos_token": true, "add_eos_token": true}"#;
+        let (tokenizer, named) = open(folder(&[("tokenizer_config.json", silent)]).path()).unwrap().unwrap();
+        assert_eq!(tokenizer.encode_fast("b", true).unwrap().get_ids(), [1, 3], "there is no beginning to add");
+        assert!(named.is_empty());
+    }
+
+    #[test]
+    fn other_classes_and_half_a_pair_are_no_tokenizer() {
+        assert!(open(folder(&[("tokenizer_config.json", r#"{"tokenizer_class": "RobertaTokenizer"}"#)]).path()).unwrap().is_none());
+        assert!(open(folder(&[("config.json", r#"{"model_type": "llama"}"#)]).path()).unwrap().is_none());
+        let half = folder(&[]);
+        fs::remove_file(half.path().join("merges.txt")).unwrap();
+        assert!(open(half.path()).unwrap().is_none());
+    }
+
+    #[test]
+    fn damage_names_the_file() {
+        for (file, text, part) in [
+            ("vocab.json", r#"{"a": -1}"#, "vocab.json"),
+            ("vocab.json", r#"["a"]"#, "vocab.json"),
+            ("merges.txt", "a c", "vocab.json"),
+            ("merges.txt", "a b c", "vocab.json"),
+            ("tokenizer_config.json", r#"{"added_tokens_decoder": {"x": {"content": "y"}}}"#, r#"the id "x"; a number is accepted"#),
+            ("tokenizer_config.json", r#"{"eos_token": 5}"#, "eos_token = 5"),
+            ("added_tokens.json", r#"{"x": "y"}"#, r#""x" has the id "y"; a number is accepted"#),
+        ] {
+            let error = open(folder(&[(file, text)]).path()).err().unwrap().to_string();
+            assert!(error.contains(part), "{error}");
+        }
+    }
+}

@@ -285,6 +285,59 @@ mod tests {
         assert_eq!(tokenizer.decode(&tokenizer.encode("a", false).unwrap(), true).unwrap_err().kind(), "tokenizer");
     }
 
+    /// Words with spaces between them, in a folder that asks for tidy text.
+    fn words(words: &[&str], config: &str) -> Tokenizer {
+        let vocab: serde_json::Map<_, _> = words.iter().enumerate().map(|(id, word)| (word.to_string(), json!(id))).collect();
+        let model = json!({"type": "WordLevel", "vocab": vocab, "unk_token": words[0]});
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("tokenizer.json"), json!({"version": "1.0", "added_tokens": [], "model": model}).to_string()).unwrap();
+        fs::write(folder.path().join("tokenizer_config.json"), config).unwrap();
+        Tokenizer::from_folder(folder.path()).unwrap().unwrap()
+    }
+
+    #[test]
+    fn text_is_tidied_where_the_config_says_so_but_not_after_bpe() {
+        let config = r#"{"clean_up_tokenization_spaces": true}"#;
+        let all = ["do", "n't", ".", "'", "'ve", "s", "n"];
+        let (tidy, plain) = (words(&all, config), words(&all, "{}"));
+        // Of transformers 5.23.0.
+        assert_eq!(tidy.decode(&[0, 1, 3, 5, 4, 2, 6], true).unwrap(), "don't's've. n");
+        assert_eq!(plain.decode(&[0, 1, 3, 5, 4, 2, 6], true).unwrap(), "do n't ' s 've . n");
+        for number in 0..7u32.pow(4) {
+            let ids = [number % 7, number / 7 % 7, number / 49 % 7, number / 343];
+            let mut stream = super::super::Detokenizer::new(&tidy, &[]).unwrap();
+            let pieces: String = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
+            assert_eq!(pieces + &stream.finish().unwrap(), tidy.decode(&ids, true).unwrap(), "{ids:?}");
+        }
+        let text = |config: &str| {
+            let folder = changed(|_| {});
+            fs::write(folder.path().join("tokenizer_config.json"), config).unwrap();
+            let tokenizer = Tokenizer::from_folder(folder.path()).unwrap().unwrap();
+            tokenizer.decode(&tokenizer.encode("a . b", false).unwrap(), true).unwrap()
+        };
+        assert_eq!(text(config), "a . b");
+        let insisting =
+            r#"{"clean_up_tokenization_spaces": true, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": true}"#;
+        assert_eq!(text(insisting), "a. b");
+    }
+
+    #[test]
+    fn of_the_flags_two_classes_obey_the_prefix_and_tokenizer_json_nothing_else() {
+        let encoded = |config: Value| {
+            let folder = changed(|_| {});
+            fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+            let tokenizer = Tokenizer::from_folder(folder.path()).unwrap().unwrap();
+            (tokenizer.encode("time", true).unwrap(), tokenizer.encode(" time", true).unwrap())
+        };
+        let flags = json!({"add_prefix_space": true, "add_bos_token": false, "add_eos_token": true, "eos_token": "<|eos|>"});
+        let (without, with) = encoded(json!({}));
+        assert_ne!(without, with);
+        assert_eq!(encoded(flags.clone()), (without, with.clone()));
+        let mut flags = flags;
+        flags["tokenizer_class"] = "GPT2Tokenizer".into();
+        assert_eq!(encoded(flags), (with.clone(), with));
+    }
+
     // Of transformers 5.23.0.
     const ENCODED: [u32; 6] = [1, 1673, 332, 660, 264, 547];
 }
