@@ -42,8 +42,9 @@ pub struct Generator {
 }
 
 impl Generator {
-    /// Loads a folder in Hugging Face's format: `config.json`, `model.safetensors` (or shards and their index), and where
-    /// they exist `generation_config.json`, `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`.
+    /// Loads a folder in Hugging Face's format: `config.json`, `model.safetensors` or else `pytorch_model.bin` (or shards and
+    /// their index), and where they exist `generation_config.json`, `tokenizer.json` or else `vocab.json` with `merges.txt`,
+    /// `tokenizer_config.json` and `chat_template.jinja`. No code of a checkpoint is run.
     ///
     /// A name that is no folder's but a repository's, `owner/name` or `owner/name@revision`, is looked up on the Hugging Face
     /// hub (feature `hub`). What is not in the cache that Python's huggingface_hub keeps is downloaded into it. A file is

@@ -4,6 +4,9 @@
 //! file whatever the server answers, panics without a home folder, and its progress cannot cancel; version 1.0 needs tokio
 //! and a cryptography that is built with cmake. What remains of the work is here, over ureq.
 
+// Without the feature only names are parsed, to say what is missing.
+#![cfg_attr(not(feature = "hub"), allow(dead_code))]
+
 #[cfg(feature = "hub")]
 mod cache;
 #[cfg(feature = "hub")]

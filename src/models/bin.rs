@@ -155,8 +155,8 @@ mod tests {
         let file = golden(FILES[0]);
         let tensors = tensors(&file).unwrap();
         let found = |name: &str| tensors.iter().find(|tensor| tensor.name.ends_with(name)).unwrap();
-        assert_eq!((found("attn.bias").dtype, &found("attn.bias").shape[..]), (Dtype::BOOL, &[1, 1, 4, 4][..]));
-        assert_eq!(file[found("attn.bias").bytes.clone()], [1, 0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1]);
+        assert_eq!((found("h.0.attn.bias").dtype, &found("h.0.attn.bias").shape[..]), (Dtype::BOOL, &[1, 1, 4, 4][..]));
+        assert_eq!(file[found("h.0.attn.bias").bytes.clone()], [1, 0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1]);
         assert_eq!(
             (found("masked_bias").shape.len(), file[found("masked_bias").bytes.clone()].to_vec()),
             (0, (-1e4f32).to_le_bytes().to_vec())
@@ -210,7 +210,7 @@ mod tests {
             (b"t", "empty stack"),
             (b"\x87", "empty stack"),
             (b"h\0.", "recalls value 0"),
-            (b"Na.", "empty stack"),
+            (b"Na.", "no list"),
             (b"NNa.", "no list"),
             (b"(NNe.", "empty stack"),
             (b"]NNs.", "no dict"),

@@ -51,6 +51,9 @@ impl Detokenizer {
         let piece = self.show(&text[..certain], broken && self.open < CHARACTER)?;
         if !broken {
             self.open = 0;
+        }
+        // What is held is not yet what the window's ids will have written.
+        if certain == text.len() {
             self.slide()?;
         }
         if self.window.len() > WINDOW {
