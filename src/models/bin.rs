@@ -212,7 +212,7 @@ mod tests {
             (b"h\0.", "recalls value 0"),
             (b"Na.", "no list"),
             (b"NNa.", "no list"),
-            (b"(NNe.", "empty stack"),
+            (b"(NNe.", "no list"),
             (b"]NNs.", "no dict"),
             (b"X\x01\0\0\0\xff.", "not UTF-8"),
             (b"\x8f.", "the code 0x8f"),
