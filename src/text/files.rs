@@ -90,7 +90,7 @@ pub(super) fn open(folder: &Path) -> Result<Option<(Tokenizer, BTreeMap<String, 
     });
     let mut inner = guard(|| Tokenizer::from_bytes(file.to_string())).map_err(|reason| Error::load(&path, reason))?;
     // HF: tokens are numbered in this order after the vocabulary, whatever ids the files give them.
-    let tokens = added(folder, &config)?;
+    let tokens = added(folder, &config, class)?;
     guard(|| inner.add_tokens(tokens)).map_err(|reason| Error::load(&path, reason))?;
     if let Some(frame) = frame(&inner, &config) {
         let frame: PostProcessorWrapper = serde_json::from_value(frame).map_err(|error| Error::load(&path, error))?;
@@ -104,7 +104,7 @@ pub(super) fn flag(config: &Map<String, Value>, name: &str) -> bool {
 }
 
 /// The tokens that stand outside of the merges: those with ids of their own, then special ones by role, then further ones.
-fn added(folder: &Path, config: &Map<String, Value>) -> Result<Vec<AddedToken>> {
+fn added(folder: &Path, config: &Map<String, Value>, class: Class) -> Result<Vec<AddedToken>> {
     let path = folder.join("tokenizer_config.json");
     let specials = specials(&path, config)?;
     let mut numbered: Vec<(u64, AddedToken)> = Vec::new();
@@ -124,8 +124,15 @@ fn added(folder: &Path, config: &Map<String, Value>) -> Result<Vec<AddedToken>> 
     }
     numbered.sort_by_key(|(id, _)| *id);
     let mut tokens: Vec<AddedToken> = numbered.into_iter().map(|(_, token)| token).collect();
-    for special in specials {
+    for mut special in specials {
+        // HF: Qwen2Tokenizer adds its special tokens once more, by their names alone, which undoes how files match them.
+        if class == Class::Qwen2 {
+            special = AddedToken::from(special.content, true);
+        }
         match tokens.iter_mut().find(|token| token.content == special.content) {
+            Some(token) if class == Class::Qwen2 => *token = special,
+            // HF: with added_tokens.json, additional special tokens of special_tokens_map.json are not special there, an
+            // oversight that shows them in texts; here they are.
             Some(token) => token.special = true,
             None => tokens.push(special),
         }

@@ -39,7 +39,7 @@ FOLDERS = {
             tokenizer_class="GPT2TokenizerFast", add_prefix_space=True, add_bos_token=True, clean_up_tokenization_spaces=True
         ),
         "special_tokens_map.json": dict(
-            bos_token=START, eos_token=token(END, normalized=True), pad_token="<pad>", additional_special_tokens=[STOP]
+            bos_token=START, eos_token=token(END, normalized=True), pad_token="<pad>", extra_special_tokens=[STOP]
         ),
         "added_tokens.json": {START: VOCABULARY + 1, STOP: VOCABULARY + 2, "<tool>": VOCABULARY + 3},
     },
