@@ -27,6 +27,9 @@ pub(super) struct Storage {
     pub len: u64,
 }
 
+/// A tensor and its name.
+pub(super) type Named = (Rc<str>, Rc<Pickled>);
+
 /// What a pickle holds, as far as tensors need it.
 #[derive(Debug, Clone)]
 enum Value {
@@ -74,7 +77,7 @@ impl<'a> Unpickler<'a> {
     }
 
     /// Reads a dict, and gives its tensors by name.
-    pub fn tensors(&mut self) -> Result<Vec<(Rc<str>, Rc<Pickled>)>, String> {
+    pub fn tensors(&mut self) -> Result<Vec<Named>, String> {
         let Value::Dict(dict) = self.load()? else { return Err("it holds no dict of tensors".into()) };
         let pairs = self.dicts.get_mut(dict).map(std::mem::take).unwrap_or_default();
         let tensor = |pair| if let (Value::Text(name), Value::Tensor(tensor)) = pair { Some((name, tensor)) } else { None };
