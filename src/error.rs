@@ -23,6 +23,14 @@ pub enum Error {
         /// What is wrong with it, and what would be accepted.
         reason: String,
     },
+    /// A repository of the hub cannot be downloaded, nor found in the cache.
+    #[error("cannot get {repo}: {reason}")]
+    Hub {
+        /// The repository, `owner/name`.
+        repo: String,
+        /// What is wrong, and what would help.
+        reason: String,
+    },
     /// The tokenizer refused to encode or decode.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
@@ -84,6 +92,7 @@ impl Error {
             Self::Config(_) => "config",
             Self::Prompt(_) => "prompt",
             Self::Load { .. } => "load",
+            Self::Hub { .. } => "hub",
             Self::Tokenizer(_) => "tokenizer",
             Self::Template(_) => "template",
             Self::Processor { .. } => "processor",

@@ -4,6 +4,7 @@ use crate::{
     config::{Assistant, GenerationConfig},
     error::{Error, Result},
     heal::heal,
+    hub::{self, Repo},
     memory::Memory,
     model::{Context, Model},
     models::{self, Kernels, LoadOptions},
@@ -43,18 +44,32 @@ pub struct Generator {
 }
 
 impl Generator {
-    /// Loads a folder in Hugging Face's format: `config.json`, `model.safetensors` (or shards and their index), and where
-    /// they exist `generation_config.json`, `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`.
+    /// Loads a folder in Hugging Face's format: `config.json`, `model.safetensors` or else `pytorch_model.bin` (or shards and
+    /// their index), and where they exist `generation_config.json`, `tokenizer.json` or else `vocab.json` with `merges.txt`,
+    /// `tokenizer_config.json` and `chat_template.jinja`. No code of a checkpoint is run.
+    ///
+    /// A name that is no folder's but a repository's, `owner/name` or `owner/name@revision`, is looked up on the Hugging Face
+    /// hub (feature `hub`). What is not in the cache that Python's huggingface_hub keeps is downloaded into it. A file is
+    /// used only when its length, and for large files its sha-256, is right; what breaks off is resumed by the next call.
+    /// If the hub is out of reach, what the cache has is used. `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN`, `HF_TOKEN_PATH`,
+    /// `HF_ENDPOINT`, `HF_HUB_OFFLINE`, `HF_HUB_DOWNLOAD_TIMEOUT` and the variables for proxies are honoured.
     ///
     /// # Errors
-    /// [`Error::Load`] names the file that is missing, damaged or contradicts another one.
-    pub fn from_pretrained(folder: impl AsRef<Path>) -> Result<Self> {
-        Self::builder(folder).load()
+    /// [`Error::Load`] names the file that is missing, damaged or contradicts another one; [`Error::Hub`] says why a
+    /// repository cannot be had.
+    pub fn from_pretrained(name: impl AsRef<Path>) -> Result<Self> {
+        Self::builder(name).load()
     }
 
     /// As [`Generator::from_pretrained`], with options.
-    pub fn builder(folder: impl AsRef<Path>) -> Builder {
-        Builder { folder: folder.as_ref().to_owned(), options: LoadOptions::default(), memory_limit: None, batch_tokens: BATCH_TOKENS }
+    pub fn builder(name: impl AsRef<Path>) -> Builder {
+        Builder {
+            name: name.as_ref().to_owned(),
+            hub: hub::Options::default(),
+            options: LoadOptions::default(),
+            memory_limit: None,
+            batch_tokens: BATCH_TOKENS,
+        }
     }
 
     /// Generates with a model of one's own. Without a tokenizer, prompts are ids and results have no text.
@@ -338,7 +353,8 @@ enum Written {
 /// Options of loading. Every one has a default.
 #[derive(Debug, Clone)]
 pub struct Builder {
-    folder: PathBuf,
+    name: PathBuf,
+    hub: hub::Options,
     options: LoadOptions,
     memory_limit: Option<u64>,
     batch_tokens: usize,
@@ -363,7 +379,8 @@ impl Builder {
         self
     }
 
-    /// Told about the progress of loading and of long prompts; can cancel both.
+    /// Told about the progress of downloading, of loading and of long prompts; can cancel them. A download that was
+    /// cancelled goes on where it ended when it is asked for again.
     pub fn progress(mut self, progress: OnProgress) -> Self {
         self.options.progress = Some(progress);
         self
@@ -383,12 +400,45 @@ impl Builder {
         self
     }
 
+    /// The repository's branch, tag or commit; `main` unless set.
+    #[cfg(feature = "hub")]
+    pub fn revision(mut self, revision: impl Into<String>) -> Self {
+        self.hub.revision = Some(revision.into());
+        self
+    }
+
+    /// The access token for private and gated repositories; unless set, that of `HF_TOKEN` or of `hf auth login`.
+    #[cfg(feature = "hub")]
+    pub fn token(mut self, token: impl Into<String>) -> Self {
+        self.hub.token = Some(hub::Token(token.into()));
+        self
+    }
+
+    /// Whether only the cache is looked at, and no request is sent; unless set, as `HF_HUB_OFFLINE` says.
+    #[cfg(feature = "hub")]
+    pub fn offline(mut self, offline: bool) -> Self {
+        self.hub.offline = Some(offline);
+        self
+    }
+
+    /// The folder of downloaded repositories; unless set, `HF_HUB_CACHE`, or `hub` in `HF_HOME`.
+    #[cfg(feature = "hub")]
+    pub fn cache_folder(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.hub.cache = Some(folder.into());
+        self
+    }
+
     /// Loads.
     pub fn load(self) -> Result<Generator> {
-        let Self { folder, options, memory_limit, batch_tokens } = self;
-        if !folder.is_dir() {
-            return Err(Error::load(folder, "there is no such folder; a checkpoint folder with config.json is accepted"));
-        }
+        let Self { name, hub, options, memory_limit, batch_tokens } = self;
+        let folder = match Repo::parse(&name) {
+            _ if name.is_dir() => name,
+            Some(repo) => hub::folder(&repo, &hub, options.progress.as_ref())?,
+            None => {
+                let accepted = "a checkpoint folder with config.json, or a repository's name like owner/name, is accepted";
+                return Err(Error::load(name, format!("there is no such folder; {accepted}")));
+            }
+        };
         let config = GenerationConfig::from_pretrained(&folder)?;
         let tokenizer = Tokenizer::from_folder(&folder)?;
         let templates = Templates::from_folder(&folder)?;

@@ -30,6 +30,7 @@
 //!
 //! | to | see |
 //! | --- | --- |
+//! | load a folder, or download from the hub | [`Generator::from_pretrained`] |
 //! | load with options, limits, progress | [`Generator::builder`] |
 //! | set what is generated | [`GenerationConfig`], [`Strategy`] |
 //! | read results | [`Output`], [`Sequence`], [`FinishReason`] |
@@ -53,6 +54,7 @@ pub mod config;
 mod error;
 mod generator;
 mod heal;
+mod hub;
 mod kernels;
 pub mod logits;
 mod memory;

@@ -19,6 +19,8 @@ pub struct Progress {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Stage {
+    /// Files are downloaded, in bytes.
+    Download,
     /// Weights are read, in bytes.
     Load,
     /// Prompts are computed, in tokens.

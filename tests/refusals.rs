@@ -102,6 +102,22 @@ fn a_billion_tokens_allocate_nothing() {
 }
 
 #[test]
+fn names_that_are_no_folders() {
+    for name in ["nowhere", "a/b/c", "./owner/name", "owner/na me"] {
+        refused(Generator::from_pretrained(name), "load", &["there is no such folder", "owner/name", name]);
+    }
+    #[cfg(not(feature = "hub"))]
+    refused(Generator::from_pretrained("owner/name"), "unsupported", &["owner/name", "the feature `hub`"]);
+    #[cfg(feature = "hub")]
+    {
+        let cache = tempfile::tempdir().unwrap();
+        let builder = Generator::builder("owner/name@v1").cache_folder(cache.path());
+        refused(builder.clone().offline(true).load(), "hub", &["owner/name", "revision v1", "is not in the cache"]);
+        refused(builder.revision("v2").load(), "hub", &["\"v2\"", "\"v1\""]);
+    }
+}
+
+#[test]
 fn damaged_checkpoints() {
     let source = golden("llama");
     let good: serde_json::Value = serde_json::from_slice(&fs::read(source.join("config.json")).unwrap()).unwrap();

@@ -1,5 +1,6 @@
 //! Loads a checkpoint folder as a model: `config.json` names the family, the family says what its decoder is made of.
 
+mod bin;
 mod decoder;
 mod families;
 mod fields;
@@ -7,6 +8,7 @@ mod kv;
 #[cfg(test)]
 mod laws;
 mod layers;
+mod pickle;
 mod rope;
 mod spec;
 #[cfg(test)]
@@ -58,7 +60,7 @@ impl Default for LoadOptions {
     }
 }
 
-/// Loads the model of a folder in Hugging Face's format: `config.json` and the weights in safetensors.
+/// Loads the model of a folder in Hugging Face's format: `config.json` and the weights.
 pub fn load(folder: impl AsRef<Path>, options: &LoadOptions) -> Result<Arc<dyn Model>> {
     let folder = folder.as_ref();
     let config = Fields::open(folder)?;

@@ -1,5 +1,6 @@
 //! The tensors of a checkpoint folder, memory-mapped, found by name and checked against the shape that `config.json` implies.
 
+use super::bin;
 use crate::{
     error::{Error, Result},
     kernels::Matrix,
@@ -36,19 +37,22 @@ struct Entry {
 }
 
 impl Weights {
-    /// Maps `model.safetensors`, or else the shards that `model.safetensors.index.json` lists.
+    /// Maps the first of `model.safetensors`, the shards that `model.safetensors.index.json` lists, and the same of
+    /// `pytorch_model.bin`.
     pub fn open(folder: &Path, base: &'static str) -> Result<Self> {
-        let single = folder.join("model.safetensors");
-        let index = folder.join("model.safetensors.index.json");
-        if single.is_file() {
-            let mut weights = Self { files: Vec::new(), entries: HashMap::new(), source: single.clone(), base };
-            weights.add(single)?;
-            Ok(weights)
-        } else if index.is_file() {
-            Self::sharded(folder, index, base)
-        } else {
-            Err(Error::load(folder, "neither model.safetensors nor model.safetensors.index.json is there; other formats are not read"))
+        for name in ["model.safetensors", "pytorch_model.bin"] {
+            let (single, index) = (folder.join(name), folder.join(format!("{name}.index.json")));
+            if single.is_file() {
+                let mut weights = Self { files: Vec::new(), entries: HashMap::new(), source: single.clone(), base };
+                weights.add(single)?;
+                return Ok(weights);
+            }
+            if index.is_file() {
+                return Self::sharded(folder, index, base);
+            }
         }
+        let reason = "neither model.safetensors nor pytorch_model.bin is there, nor an index of shards; other formats are not read";
+        Err(Error::load(folder, reason))
     }
 
     fn sharded(folder: &Path, index: PathBuf, base: &'static str) -> Result<Self> {
@@ -79,11 +83,18 @@ impl Weights {
         // SAFETY: the map is read-only and lives as long as its file is open to us. Whoever changes a checkpoint in place
         // while it is being loaded gets wrong weights or a bus error; no safetensors reader that maps files is spared that.
         let map = unsafe { Mmap::map(&file) }.map_err(|error| Error::load(&path, error))?;
-        let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|error| Error::load(&path, error))?;
-        let start = header + size_of::<u64>();
-        for (name, info) in metadata.tensors() {
-            let bytes = start + info.data_offsets.0..start + info.data_offsets.1;
-            self.entries.insert(name, Entry { file: self.files.len(), dtype: info.dtype, shape: info.shape.clone(), bytes });
+        let file = self.files.len();
+        if path.extension().is_some_and(|extension| extension == "bin") {
+            for bin::Tensor { name, dtype, shape, bytes } in bin::tensors(&map).map_err(|reason| Error::load(&path, reason))? {
+                self.entries.insert(name, Entry { file, dtype, shape, bytes });
+            }
+        } else {
+            let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|error| Error::load(&path, error))?;
+            let start = header + size_of::<u64>();
+            for (name, info) in metadata.tensors() {
+                let bytes = start + info.data_offsets.0..start + info.data_offsets.1;
+                self.entries.insert(name, Entry { file, dtype: info.dtype, shape: info.shape.clone(), bytes });
+            }
         }
         self.files.push((path, map));
         Ok(())
@@ -152,7 +163,7 @@ impl Weights {
     }
 
     fn bytes(&self, entry: &Entry) -> &[u8] {
-        // Inside the map: reading the header checked every offset against the file's length.
+        // Inside the map: whoever read the header checked every offset against the file's length.
         &self.files[entry.file].1[entry.bytes.clone()]
     }
 }
@@ -314,7 +325,7 @@ mod tests {
             assert_eq!(refusal(&folder).0, "model.safetensors");
         }
         std::fs::remove_file(&path).unwrap();
-        assert!(refusal(&folder).1.starts_with("neither model.safetensors nor model.safetensors.index.json is there"));
+        assert!(refusal(&folder).1.starts_with("neither model.safetensors nor pytorch_model.bin is there"));
         std::fs::remove_file(folder.path().join("config.json")).unwrap();
         assert_eq!(refusal(&folder).0, "config.json");
     }

@@ -47,9 +47,13 @@ impl Detokenizer {
         self.open += 1;
         let text = self.tokenizer.decode(&self.window, true)?;
         let broken = text.ends_with(REPLACEMENT);
-        let piece = self.show(settled(&text), broken && self.open < CHARACTER)?;
+        let certain = self.tokenizer.tidied(settled(&text)).len();
+        let piece = self.show(&text[..certain], broken && self.open < CHARACTER)?;
         if !broken {
             self.open = 0;
+        }
+        // What is held is not yet what the window's ids will have written.
+        if certain == text.len() {
             self.slide()?;
         }
         if self.window.len() > WINDOW {

@@ -4,6 +4,7 @@ mod chat;
 #[cfg(feature = "chat")]
 mod clock;
 mod detok;
+mod files;
 #[cfg(feature = "chat")]
 mod jinja;
 #[cfg(feature = "chat")]

@@ -53,7 +53,7 @@ impl Special {
 }
 
 /// A token is written as a string, or as an object that also says how it is matched.
-fn content(path: &Path, key: &str, token: &Value) -> Result<String> {
+pub(super) fn content(path: &Path, key: &str, token: &Value) -> Result<String> {
     token
         .as_str()
         .or_else(|| token.get("content")?.as_str())

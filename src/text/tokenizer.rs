@@ -1,6 +1,9 @@
 //! The tokenizer of a checkpoint.
 
-use super::special::{Special, read};
+use super::{
+    files::{self, Class, flag},
+    special::{Special, object, read},
+};
 use crate::error::{Error, Result};
 use std::{
     collections::{BTreeMap, HashSet},
@@ -10,7 +13,7 @@ use std::{
     path::Path,
     sync::{Arc, OnceLock},
 };
-use tokenizers::AddedToken;
+use tokenizers::{AddedToken, ModelWrapper, PreTokenizerWrapper};
 
 /// A checkpoint's tokenizer with its special tokens. A clone shares it.
 #[derive(Clone)]
@@ -26,16 +29,49 @@ struct Shared {
     texts: OnceLock<Vec<(u32, String)>>,
     /// A hash of the vocabulary.
     fingerprint: OnceLock<u64>,
+    /// Whether decoded text is tidied up.
+    tidy: bool,
 }
 
+/// What tidying writes for what, in this order.
+const TIDY: [(&str, &str); 10] = [
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+];
+
 impl Tokenizer {
-    /// Reads tokenizer.json, and the special tokens that tokenizer_config.json and special_tokens_map.json name; none if
-    /// the folder has no tokenizer.json.
+    /// Reads tokenizer.json, or else vocab.json and merges.txt with what belongs to them (for the classes GPT2Tokenizer and
+    /// Qwen2Tokenizer), and the special tokens that tokenizer_config.json and special_tokens_map.json name; none if the
+    /// folder has no such files.
     pub fn from_folder(folder: impl AsRef<Path>) -> Result<Option<Self>> {
-        let path = folder.as_ref().join("tokenizer.json");
-        let Some(bytes) = read(&path)? else { return Ok(None) };
-        let mut inner = guard(|| tokenizers::Tokenizer::from_bytes(&bytes)).map_err(|reason| Error::load(&path, reason))?;
-        let special = Special::from_folder(folder.as_ref())?;
+        let folder = folder.as_ref();
+        let path = folder.join("tokenizer.json");
+        let mut special = Special::from_folder(folder)?;
+        let config = object(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
+        let mut inner = if let Some(bytes) = read(&path)? {
+            let mut inner = guard(|| tokenizers::Tokenizer::from_bytes(&bytes)).map_err(|reason| Error::load(&path, reason))?;
+            // HF: these two classes obey add_prefix_space, others do not look at it. They also build the rest of the
+            // pre-tokenizer anew; here it is what tokenizer.json says, which is the same but for files that say more.
+            if let Some(prefix) = config.get("add_prefix_space").and_then(serde_json::Value::as_bool)
+                && Class::of(folder, &config)?.is_some()
+            {
+                let cut = inner.get_pre_tokenizer().cloned().map(|cut| prefixed(cut, prefix));
+                inner.with_pre_tokenizer(cut);
+            }
+            inner
+        } else {
+            let Some((inner, named)) = files::open(folder)? else { return Ok(None) };
+            special.named.extend(named);
+            inner
+        };
         // HF: tokens named as special are so even where tokenizer.json does not say it. The reference also appends named
         // tokens that the vocabulary lacks, with ids that no model has weights for; here they do not exist.
         let unmarked = special
@@ -45,7 +81,11 @@ impl Tokenizer {
             .filter(|token| inner.token_to_id(token).is_some() && !inner.get_added_vocabulary().get_vocab().contains_key(*token));
         let unmarked: Vec<_> = unmarked.map(|token| AddedToken::from(token, true)).collect();
         guard(|| inner.add_special_tokens(unmarked)).map_err(|reason| Error::load(&path, reason))?;
-        Ok(Some(Self::new(inner, special.named)))
+        // HF: clean_up_tokenization_spaces is passed over for BPE, which it would harm, unless the longer name insists.
+        let insists = flag(&config, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output");
+        let harmless = insists || !matches!(inner.get_model(), ModelWrapper::BPE(_));
+        let tidy = harmless && flag(&config, "clean_up_tokenization_spaces");
+        Ok(Some(Self::new(inner, special.named, tidy)))
     }
 
     /// The ids of `text`; with `add_special_tokens` as the checkpoint frames a prompt.
@@ -61,7 +101,15 @@ impl Tokenizer {
         if !ids.iter().any(|&id| self.token(id).is_some() && !(skip_special_tokens && self.is_special(id))) {
             return Ok(String::new());
         }
-        guard(|| self.shared.inner.decode(ids, skip_special_tokens)).map_err(Error::Tokenizer)
+        let text = guard(|| self.shared.inner.decode(ids, skip_special_tokens)).map_err(Error::Tokenizer)?;
+        Ok(if self.shared.tidy { TIDY.iter().fold(text, |text, (from, to)| text.replace(from, to)) } else { text })
+    }
+
+    /// A text's beginning that tidying will leave as it is, whatever follows.
+    pub(super) fn tidied<'a>(&self, text: &'a str) -> &'a str {
+        let open = |held: &str| TIDY.iter().any(|(from, _)| from.len() > held.len() && from.starts_with(held));
+        let held = text.rmatch_indices(' ').map(|(at, _)| at).take_while(|at| text.len() - at < 4).filter(|&at| open(&text[at..])).last();
+        if self.shared.tidy { &text[..held.unwrap_or(text.len())] } else { text }
     }
 
     /// The tokenisations of `word` without and with a leading space, without special tokens: what to ban or to favour
@@ -150,20 +198,20 @@ impl Tokenizer {
         self.id(self.shared.named.get(role)?)
     }
 
-    fn new(mut inner: tokenizers::Tokenizer, named: BTreeMap<String, String>) -> Self {
+    fn new(mut inner: tokenizers::Tokenizer, named: BTreeMap<String, String>, tidy: bool) -> Self {
         // A prompt is fed as it is: what the file says about batches of training texts must not cut or fill it.
         inner.with_padding(None);
         let _ = inner.with_truncation(None);
         let added = inner.get_added_tokens_decoder();
         let special = added.into_iter().filter(|(_, token)| token.special).map(|(id, _)| id).collect();
-        Self { shared: Arc::new(Shared { inner, named, special, texts: OnceLock::new(), fingerprint: OnceLock::new() }) }
+        Self { shared: Arc::new(Shared { inner, named, special, tidy, texts: OnceLock::new(), fingerprint: OnceLock::new() }) }
     }
 }
 
 /// A tokenizer of one's own. It has no bos, eos and pad, for a checkpoint names these in other files.
 impl From<tokenizers::Tokenizer> for Tokenizer {
     fn from(inner: tokenizers::Tokenizer) -> Self {
-        Self::new(inner, BTreeMap::new())
+        Self::new(inner, BTreeMap::new(), false)
     }
 }
 
@@ -173,8 +221,25 @@ impl fmt::Debug for Tokenizer {
     }
 }
 
+/// A pre-tokenizer that puts a space before a text, or does not.
+fn prefixed(cut: PreTokenizerWrapper, prefix: bool) -> PreTokenizerWrapper {
+    match cut {
+        PreTokenizerWrapper::ByteLevel(mut bytes) => {
+            bytes.add_prefix_space = prefix;
+            bytes.into()
+        }
+        PreTokenizerWrapper::Sequence(mut cuts) => {
+            for cut in cuts.as_mut() {
+                *cut = prefixed(cut.clone(), prefix);
+            }
+            cuts.into()
+        }
+        other => other,
+    }
+}
+
 /// Runs work of `tokenizers`, which indexes by what its file says and so panics where the file contradicts itself.
-fn guard<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+pub(super) fn guard<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(result) => result.map_err(|error| error.to_string()),
         Err(_) => Err("its parts contradict each other".into()),
@@ -274,6 +339,59 @@ mod tests {
         let folder = changed(|file| file["decoder"] = json!({"type": "Strip", "content": "a", "start": 0, "stop": 9}));
         let tokenizer = Tokenizer::from_folder(folder.path()).unwrap().unwrap();
         assert_eq!(tokenizer.decode(&tokenizer.encode("a", false).unwrap(), true).unwrap_err().kind(), "tokenizer");
+    }
+
+    /// Words with spaces between them, in a folder that asks for tidy text.
+    fn words(words: &[&str], config: &str) -> Tokenizer {
+        let vocab: serde_json::Map<_, _> = words.iter().enumerate().map(|(id, word)| (word.to_string(), json!(id))).collect();
+        let model = json!({"type": "WordLevel", "vocab": vocab, "unk_token": words[0]});
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("tokenizer.json"), json!({"version": "1.0", "added_tokens": [], "model": model}).to_string()).unwrap();
+        fs::write(folder.path().join("tokenizer_config.json"), config).unwrap();
+        Tokenizer::from_folder(folder.path()).unwrap().unwrap()
+    }
+
+    #[test]
+    fn text_is_tidied_where_the_config_says_so_but_not_after_bpe() {
+        let config = r#"{"clean_up_tokenization_spaces": true}"#;
+        let all = ["do", "n't", ".", "'", "'ve", "s", "n"];
+        let (tidy, plain) = (words(&all, config), words(&all, "{}"));
+        // Of transformers 5.23.0.
+        assert_eq!(tidy.decode(&[0, 1, 3, 5, 4, 2, 6], true).unwrap(), "don't's've. n");
+        assert_eq!(plain.decode(&[0, 1, 3, 5, 4, 2, 6], true).unwrap(), "do n't ' s 've . n");
+        for number in 0..7u32.pow(4) {
+            let ids = [number % 7, number / 7 % 7, number / 49 % 7, number / 343];
+            let mut stream = super::super::Detokenizer::new(&tidy, &[]).unwrap();
+            let pieces: String = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
+            assert_eq!(pieces + &stream.finish().unwrap(), tidy.decode(&ids, true).unwrap(), "{ids:?}");
+        }
+        let text = |config: &str| {
+            let folder = changed(|_| {});
+            fs::write(folder.path().join("tokenizer_config.json"), config).unwrap();
+            let tokenizer = Tokenizer::from_folder(folder.path()).unwrap().unwrap();
+            tokenizer.decode(&tokenizer.encode("a . b", false).unwrap(), true).unwrap()
+        };
+        assert_eq!(text(config), "a . b");
+        let insisting =
+            r#"{"clean_up_tokenization_spaces": true, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": true}"#;
+        assert_eq!(text(insisting), "a. b");
+    }
+
+    #[test]
+    fn of_the_flags_two_classes_obey_the_prefix_and_tokenizer_json_nothing_else() {
+        let encoded = |config: Value| {
+            let folder = changed(|_| {});
+            fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+            let tokenizer = Tokenizer::from_folder(folder.path()).unwrap().unwrap();
+            (tokenizer.encode("time", true).unwrap(), tokenizer.encode(" time", true).unwrap())
+        };
+        let flags = json!({"add_prefix_space": true, "add_bos_token": false, "add_eos_token": true, "eos_token": "<|eos|>"});
+        let (without, with) = encoded(json!({}));
+        assert_ne!(without, with);
+        assert_eq!(encoded(flags.clone()), (without, with.clone()));
+        let mut flags = flags;
+        flags["tokenizer_class"] = "GPT2Tokenizer".into();
+        assert_eq!(encoded(flags), (with.clone(), with));
     }
 
     // Of transformers 5.23.0.

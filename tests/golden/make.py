@@ -35,6 +35,7 @@ otherwise the next prompt of the case's own random sequence is tried. Another CP
 A new family is one entry of FOLDERS, with the parameters' scales if its logits come out too even or too uneven.
 """
 
+import collections
 import copy
 import json
 import math
@@ -202,11 +203,13 @@ USUAL = [(r"embed_tokens", 0, 0.7), (r"lm_head", 0, 0.5)]
 EVERYWHERE = [(r"(norm|ln_\w+|norms\.\d+).weight", 1.0, 0.2), (r"bias", 0.0, 0.3)]
 
 # folder -> how it is made: `config`, whose weights `of` another folder it has, `dtype` of the file, `old` for a
-# config.json with the keys of 4.x, `shards`, `published` names, the `suite` of requests, generation_config `file`, the
-# `attention` of the oracle, and `matters`: settings of config.json that change the logits if replaced.
+# config.json with the keys of 4.x, `shards`, `pickled` weights, `published` names, the `suite` of requests, generation_config `file`,
+# the `attention` of the oracle, and `matters`: settings of config.json that change the logits if replaced.
 FOLDERS = {
     "gpt2": dict(config=GPT2, suite="full", published=True, matters=dict(n_head=6)),
     "gpt2-bf16": dict(of="gpt2", dtype=torch.bfloat16),
+    "gpt2-bin": dict(of="gpt2", dtype=torch.bfloat16, pickled=True),
+    "gpt2-bin-sharded": dict(of="gpt2", dtype=torch.float16, pickled=True, shards="40KB"),
     "llama": dict(
         config=LLAMA, suite="full",
         matters=dict(rope_parameters=dict(rope_type="default", rope_theta=500.0), rms_norm_eps=1e-1),
@@ -316,6 +319,8 @@ def make_checkpoint(name):
     model.save_pretrained(folder, max_shard_size=recipe.get("shards", "1GB"))
     if recipe.get("published"):
         publish(folder, model)
+    if recipe.get("pickled"):
+        pickle(folder)
     if recipe.get("old"):
         age(folder / "config.json")
     for file in folder.iterdir():
@@ -342,6 +347,31 @@ def publish(folder, model):
         for layer in range(model.config.n_layer):
             tensors[f"h.{layer}.attn.bias"] = torch.tril(torch.ones(positions, positions)).view(1, 1, positions, positions)
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def pickle(folder):
+    """The tensors as torch.save writes them, with the buffers that old versions stored; the first of several shards in the
+    form that it had before version 1.6, with its tensors in one storage."""
+    paths = sorted(folder.glob("model*.safetensors"))
+    for path in paths:
+        tensors = collections.OrderedDict(load_file(path))
+        old = path == paths[0] and len(paths) > 1
+        if old:
+            joined, at = torch.cat([tensor.flatten() for tensor in tensors.values()]), 0
+            for name, tensor in tensors.items():
+                tensors[name] = joined[at : at + tensor.numel()].view(tensor.shape)
+                at += tensor.numel()
+        elif path == paths[0]:
+            tensors["transformer.h.0.attn.bias"] = torch.tril(torch.ones(4, 4, dtype=torch.bool)).view(1, 1, 4, 4)
+            tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+        name = path.name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
+        torch.save(tensors, folder / name, _use_new_zipfile_serialization=not old)
+        path.unlink()
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        text = index.read_text().replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
+        (folder / "pytorch_model.bin.index.json").write_text(text)
+        index.unlink()
 
 
 def age(path):
