@@ -114,7 +114,10 @@ impl Group {
                     self.scores.push(score);
                     live.push(child);
                 }
-                Some(FinishReason::Length | FinishReason::Time) if self.rules == Rules::Scored => late.push((child, score)),
+                Some(FinishReason::Length | FinishReason::Time) if self.rules == Rules::Scored => {
+                    ground.taken.push(token);
+                    late.push((child, score));
+                }
                 Some(_) if rank < self.size => self.keep(child, score, plan),
                 _ => {}
             }
