@@ -9,7 +9,7 @@ use crate::{
     plan::Plan,
     rows::Row,
 };
-use std::time::Instant;
+use std::{iter::repeat_n, mem, time::Instant};
 
 /// The beams of a prompt, or in diverse search a part of them.
 pub(super) struct Group {
@@ -85,7 +85,9 @@ impl Group {
         let plan = ground.plan;
         if self.scores.is_empty() {
             // HF: a group that is done chooses padding, which the groups after it avoid.
-            ground.taken.extend(plan.beams.pad.iter().flat_map(|&pad| vec![pad; self.size]));
+            if let Some(pad) = plan.beams.pad {
+                ground.taken.extend(repeat_n(pad, self.size));
+            }
             return Ok(Vec::new());
         }
         let processed = self.process(from, ground)?;
@@ -106,6 +108,7 @@ impl Group {
             let at = beam * ground.vocab_size..(beam + 1) * ground.vocab_size;
             let raw = &ground.logits[from * ground.vocab_size..][at.clone()];
             child.record(token, &plan.record, Some(raw), &processed[at]);
+            // HF: groups look their indices up in the first group's there; here they count all beams of the prompt.
             child.beam_indices.push(self.offset + beam);
             child.push(token, plan, ground.started)?;
             match child.finish {
@@ -135,7 +138,7 @@ impl Group {
 
     /// Ends its beams, the next of `rows`, as they are.
     pub fn close(&mut self, rows: &mut impl Iterator<Item = Row>, plan: &Plan) {
-        for score in std::mem::take(&mut self.scores) {
+        for score in mem::take(&mut self.scores) {
             if let Some(row) = rows.next() {
                 self.keep(row, score, plan);
             }
@@ -174,7 +177,7 @@ impl Group {
             let first = (row.generated().len() as u64).wrapping_mul(count as u64);
             let draw = |draw: u64| {
                 let at = pick::sample(&sums, pick::uniform(row.seed, first.wrapping_add(draw)))? as usize;
-                let score = std::mem::replace(&mut sums[at], f32::NEG_INFINITY);
+                let score = mem::replace(&mut sums[at], f32::NEG_INFINITY);
                 Some((at / ground.vocab_size, (at % ground.vocab_size) as u32, score))
             };
             (0..count as u64).map_while(draw).enumerate().map(Candidate::new).collect()
