@@ -10,7 +10,7 @@ use crate::{
     rows::Row,
     trace::Beam,
 };
-use std::time::Instant;
+use std::{iter::repeat_n, mem, time::Instant};
 
 /// The beams of a prompt, or in diverse search a part of them.
 pub(super) struct Group {
@@ -88,7 +88,9 @@ impl Group {
         let plan = ground.plan;
         if self.scores.is_empty() {
             // HF: a group that is done chooses padding, which the groups after it avoid.
-            ground.taken.extend(plan.beams.pad.iter().flat_map(|&pad| vec![pad; self.size]));
+            if let Some(pad) = plan.beams.pad {
+                ground.taken.extend(repeat_n(pad, self.size));
+            }
             return Ok(Vec::new());
         }
         let processed = self.process(from, ground)?;
@@ -109,6 +111,7 @@ impl Group {
             let at = beam * ground.vocab_size..(beam + 1) * ground.vocab_size;
             let raw = &ground.logits[from * ground.vocab_size..][at.clone()];
             child.record(token, &plan.record, Some(raw), &processed[at]);
+            // HF: groups look their indices up in the first group's there; here they count all beams of the prompt.
             child.beam_indices.push(self.offset + beam);
             child.push(token, plan, ground.started)?;
             match child.finish {
@@ -118,7 +121,10 @@ impl Group {
                     self.scores.push(score);
                     live.push(child);
                 }
-                Some(FinishReason::Length | FinishReason::Time) if self.rules == Rules::Scored => late.push((child, score)),
+                Some(FinishReason::Length | FinishReason::Time) if self.rules == Rules::Scored => {
+                    ground.taken.push(token);
+                    late.push((child, score));
+                }
                 Some(_) if rank < self.size => self.keep(child, score, plan),
                 _ => {}
             }
@@ -136,7 +142,7 @@ impl Group {
 
     /// Ends its beams, the next of `rows`, as they are.
     pub fn close(&mut self, rows: &mut impl Iterator<Item = Row>, plan: &Plan) {
-        for score in std::mem::take(&mut self.scores) {
+        for score in mem::take(&mut self.scores) {
             if let Some(row) = rows.next() {
                 self.keep(row, score, plan);
             }
@@ -175,7 +181,7 @@ impl Group {
             let first = (row.generated().len() as u64).wrapping_mul(count as u64);
             let draw = |draw: u64| {
                 let at = pick::sample(&sums, pick::uniform(row.seed, first.wrapping_add(draw)))? as usize;
-                let score = std::mem::replace(&mut sums[at], f32::NEG_INFINITY);
+                let score = mem::replace(&mut sums[at], f32::NEG_INFINITY);
                 Some((at / ground.vocab_size, (at % ground.vocab_size) as u32, score))
             };
             (0..count as u64).map_while(draw).enumerate().map(Candidate::new).collect()
