@@ -193,6 +193,8 @@ impl Row {
             .keywords
             .as_ref()
             .map_or_else(Vec::new, |keywords| keywords.words.iter().cloned().zip(keywords.boost.produced(&generated)).collect());
+        let holds = |ids: &Vec<u32>| self.tokens.windows(ids.len()).any(|part| part == ids);
+        let unmet = plan.phrases.iter().enumerate().filter(|(_, set)| !set.iter().any(holds)).map(|(index, _)| index).collect();
         Ok(Sequence {
             prompt: self.prompt,
             row: self.number,
@@ -207,6 +209,7 @@ impl Row {
             scores: plan.record.scores.then_some(self.scores),
             logits: plan.record.logits.then_some(self.logits),
             keywords,
+            unmet,
             tokens: generated,
         })
     }

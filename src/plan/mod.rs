@@ -3,6 +3,7 @@
 mod chain;
 mod check;
 mod explain;
+mod force;
 mod merge;
 
 pub use explain::{Explanation, Setting};
@@ -28,6 +29,8 @@ pub struct Plan {
     pub strategy: Strategy,
     /// The processors, in the order in which they run.
     pub processors: Vec<Arc<dyn LogitsProcessor>>,
+    /// What a constrained beam search has to produce: of each entry one alternative, those of `force_words_ids` first.
+    pub phrases: Vec<Vec<Vec<u32>>>,
     /// Names the keywords of `keyword_boost`, in the order of its processor.
     pub keywords: Option<Keywords>,
     /// When a row ends by its length.
@@ -161,6 +164,7 @@ impl Plan {
         let config = &merged.config;
         let plan = Self {
             strategy: merged.strategy.clone(),
+            phrases: check.phrases(&eos),
             keywords,
             length: check.length(),
             stop_token_ids: check.stop_token_ids(),

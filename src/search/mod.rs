@@ -1,5 +1,6 @@
 //! Searches: rows in, rows out, over one forward pass. None knows a model family, a tokenizer or a device.
 
+mod phrases;
 mod single;
 
 use crate::{
