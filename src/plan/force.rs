@@ -86,3 +86,73 @@ fn shortest(set: Vec<Vec<u32>>) -> Vec<Vec<u32>> {
     }
     kept
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::{
+        config::GenerationConfig,
+        error::{Error, Result},
+        model::ModelInfo,
+        plan::Plan,
+        text::Tokenizer,
+    };
+    use serde_json::{Value, json};
+
+    fn storyteller() -> Tokenizer {
+        Tokenizer::from_folder(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/models/storyteller")).unwrap().unwrap()
+    }
+
+    /// A plan of four beams for a model whose end token is 2.
+    fn plan(fields: Value, tokenizer: Option<&Tokenizer>) -> Result<Plan> {
+        let call = GenerationConfig::from_json(&fields).unwrap().or(&GenerationConfig::new().num_beams(4));
+        Plan::new(&call, &GenerationConfig::new().eos_token_id(2), &ModelInfo::new("test", 2048), tokenizer)
+    }
+
+    #[test]
+    fn ids_come_before_words() {
+        let tokenizer = storyteller();
+        let words = [tokenizer.variants("rain").unwrap(), tokenizer.variants("sun").unwrap(), tokenizer.variants("moon").unwrap()];
+        assert_eq!(words.each_ref().map(Vec::len), [2, 2, 2], "with a leading space and without");
+        let fields = json!({"force_words": ["rain", ["sun", "moon"]], "force_words_ids": [[5, 6], [[7], [8, 9]]]});
+        let expected = [vec![vec![5, 6]], vec![vec![7], vec![8, 9]], words[0].clone(), words[1..].concat()];
+        assert_eq!(plan(fields, Some(&tokenizer)).unwrap().phrases, expected);
+    }
+
+    #[test]
+    fn of_words_that_begin_with_another_the_shorter_is_enough() {
+        assert_eq!(super::shortest(vec![vec![1, 2], vec![3, 4, 5], vec![1], vec![3, 4, 5, 6], vec![1]]), [vec![3, 4, 5], vec![1]]);
+    }
+
+    #[test]
+    fn what_cannot_be_forced_is_refused() {
+        let tokenizer = storyteller();
+        for (fields, refused, reason) in [
+            (json!({"force_words_ids": []}), "force_words_ids", "at least one phrase"),
+            (json!({"force_words": []}), "force_words", "at least one phrase"),
+            (json!({"force_words_ids": [[]]}), "force_words_ids", "at least one token"),
+            (json!({"force_words_ids": [[[5], []]]}), "force_words_ids", "at least one token"),
+            (json!({"force_words": [[]]}), "force_words", "at least one token"),
+            (json!({"force_words": ["rain", ""]}), "force_words", "at least one token"),
+            (json!({"force_words_ids": [[5, 2048]]}), "force_words_ids", "below 2048"),
+            (json!({"force_words_ids": [[[5], [5, 6]]]}), "force_words_ids", "begins with another"),
+            (json!({"force_words_ids": [[[5], [5]]]}), "force_words_ids", "begins with another"),
+            (json!({"force_words_ids": [[5, 2]]}), "force_words_ids", "end token"),
+            (json!({"force_words_ids": [[5]], "stop_token_ids": [5]}), "force_words_ids", "end token"),
+            (json!({"force_words_ids": [[[5, 6], [7]]], "suppress_tokens": [6, 7]}), "force_words_ids", "suppress_tokens"),
+            (json!({"force_words_ids": [[5, 6, 7]], "bad_words_ids": [[9], [6, 7]]}), "force_words_ids", "bad_words_ids"),
+            (json!({"constraints": {}}), "constraints", "force_words_ids"),
+            (json!({"force_words_ids": [[5]], "num_beams": 1}), "num_beams", "from 2 up"),
+            (json!({"force_words_ids": [[5]], "num_beams": 0}), "num_beams", "from 1 up"),
+            (json!({"force_words_ids": [[5]], "do_sample": true}), "do_sample", "accepted is false"),
+            (json!({"force_words_ids": [[5]], "num_beam_groups": 2}), "num_beam_groups", "accepted is 1"),
+        ] {
+            let Err(Error::Config(problems)) = plan(fields.clone(), Some(&tokenizer)) else { panic!("accepted {fields}") };
+            let problem = problems.iter().find(|problem| problem.field == refused).unwrap_or_else(|| panic!("{fields}: {problems:?}"));
+            assert!(problem.reason.contains(reason), "{fields}: {problem}");
+        }
+        let possible = json!({"force_words_ids": [[[5, 6], [7]]], "suppress_tokens": [6], "bad_words_ids": [[8]]});
+        assert!(plan(possible, None).is_ok());
+        let without = plan(json!({"force_words": ["rain"]}), None);
+        assert!(without.is_err_and(|error| error.to_string().contains("tokenizer")));
+    }
+}

@@ -337,7 +337,6 @@ fn what_is_not_built_yet_is_unsupported_and_named() {
         ("beam", json!({"num_beams": 2})),
         ("beam_sample", json!({"num_beams": 2, "do_sample": true})),
         ("diverse_beam", json!({"num_beams": 2, "num_beam_groups": 2})),
-        ("constrained_beam", json!({"num_beams": 2, "force_words_ids": [[1]]})),
         ("contrastive", json!({"penalty_alpha": 0.5})),
         ("dola", json!({"dola_layers": "high"})),
         ("prompt_lookup", json!({"prompt_lookup_num_tokens": 2})),
