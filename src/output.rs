@@ -51,6 +51,9 @@ pub struct Sequence {
     pub seed: Option<u64>,
     /// The score that a beam search ranks by.
     pub score: Option<f32>,
+    /// For each generated token the beam of its prompt, counted from 0, that it continued; only from searches with beams.
+    // HF: counted over the whole batch there.
+    pub beam_indices: Option<Vec<usize>>,
     /// One entry per generated token, where they were asked for.
     pub log_probs: Option<Vec<TokenLogProb>>,
     /// Processed scores, `[step][vocab_size]`, where they were asked for.

@@ -34,11 +34,15 @@ pub struct Row {
     pub stop_string: Option<String>,
     /// The score that a beam search ranks it by.
     pub score: Option<f32>,
+    /// For each generated token the beam that it continued, in a beam search.
+    pub beam_indices: Vec<usize>,
+    /// What a stream has already been given.
+    pub shown: Shown,
     text: Option<Text>,
-    shown: Shown,
-    log_probs: Vec<TokenLogProb>,
-    scores: Vec<Vec<f32>>,
-    logits: Vec<Vec<f32>>,
+    // Shared with forks, as the cache's pages are.
+    log_probs: Vec<Arc<TokenLogProb>>,
+    scores: Vec<Arc<Vec<f32>>>,
+    logits: Vec<Arc<Vec<f32>>>,
 }
 
 /// The row's text so far, and what may still become text.
@@ -50,8 +54,8 @@ struct Text {
 }
 
 /// What a stream has already been given.
-#[derive(Clone, Copy, Default)]
-struct Shown {
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Shown {
     bytes: usize,
     tokens: usize,
 }
@@ -64,6 +68,7 @@ impl Clone for Row {
             source: self.source.clone(),
             stop_string: self.stop_string.clone(),
             text: self.text.clone(),
+            beam_indices: self.beam_indices.clone(),
             log_probs: self.log_probs.clone(),
             scores: self.scores.clone(),
             logits: self.logits.clone(),
@@ -94,8 +99,9 @@ impl Row {
             finish: None,
             stop_string: None,
             score: None,
-            text,
+            beam_indices: Vec::new(),
             shown: Shown::default(),
+            text,
             log_probs: Vec::new(),
             scores: Vec::new(),
             logits: Vec::new(),
@@ -159,17 +165,17 @@ impl Row {
             let scores = if record.processed_log_probs { processed } else { raw };
             let total = pick::log_sum_exp(scores);
             let log_prob = |score: f32| (f64::from(score) - total) as f32;
-            self.log_probs.push(TokenLogProb {
+            self.log_probs.push(Arc::new(TokenLogProb {
                 id: token,
                 log_prob: scores.get(token as usize).map_or(f32::NEG_INFINITY, |&score| log_prob(score)),
                 top: pick::top(scores, count).into_iter().map(|(id, score)| (id, log_prob(score))).collect(),
-            });
+            }));
         }
         if record.scores {
-            self.scores.push(processed.to_vec());
+            self.scores.push(Arc::new(processed.to_vec()));
         }
         if record.logits {
-            self.logits.push(raw.to_vec());
+            self.logits.push(Arc::new(raw.to_vec()));
         }
     }
 
@@ -179,6 +185,20 @@ impl Row {
         let tokens = self.generated()[self.shown.tokens..].to_vec();
         self.shown = Shown { bytes: self.shown.bytes + text.len(), tokens: self.shown.tokens + tokens.len() };
         Piece { row: self.number, text, tokens, finish: self.finish }
+    }
+
+    /// What became certain of a row that is chosen later: all that the rows `others` have in common with it. `shown` is what was told before.
+    pub fn common_piece<'a>(&self, others: impl Iterator<Item = &'a Self>, shown: &mut Shown) -> Piece {
+        let certain = |row: &'a Self| row.text.as_ref().map_or("", |text| &text.certain[shown.bytes..]);
+        let mut text = self.text.as_ref().map_or("", |text| &text.certain[shown.bytes..]);
+        let mut tokens = &self.generated()[shown.tokens..];
+        for other in others {
+            let same = text.bytes().zip(certain(other).bytes()).take_while(|(a, b)| a == b).count();
+            text = &text[..text.floor_char_boundary(same)];
+            tokens = &tokens[..tokens.iter().zip(&other.generated()[shown.tokens..]).take_while(|(a, b)| a == b).count()];
+        }
+        *shown = Shown { bytes: shown.bytes + text.len(), tokens: shown.tokens + tokens.len() };
+        Piece { row: self.number, text: text.to_owned(), tokens: tokens.to_vec(), finish: None }
     }
 
     /// The result of a row that has ended. Its cache goes.
@@ -205,9 +225,10 @@ impl Row {
             stop_string: self.stop_string,
             seed: plan.strategy.samples().then_some(self.seed),
             score: self.score,
-            log_probs: plan.record.log_probs.map(|_| self.log_probs),
-            scores: plan.record.scores.then_some(self.scores),
-            logits: plan.record.logits.then_some(self.logits),
+            beam_indices: (plan.strategy.num_beams() > 1).then_some(self.beam_indices),
+            log_probs: plan.record.log_probs.map(|_| owned(self.log_probs)),
+            scores: plan.record.scores.then(|| owned(self.scores)),
+            logits: plan.record.logits.then(|| owned(self.logits)),
             keywords,
             unmet,
             tokens: generated,
@@ -234,6 +255,11 @@ impl Row {
         }
         Ok(())
     }
+}
+
+/// Records of a row that has ended; copied only while another row still has them.
+fn owned<T: Clone>(records: Vec<Arc<T>>) -> Vec<T> {
+    records.into_iter().map(Arc::unwrap_or_clone).collect()
 }
 
 impl Text {

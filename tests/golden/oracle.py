@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 GAP = 1e-4  # between the two best scores of a greedy step
 NOISE = 2e-5  # what may happen to a logit in another order of summation
@@ -30,9 +31,19 @@ class Row:
         return self.tokens == other.tokens and self.scores.shape == other.scores.shape and np.array_equal(self.scores, other.scores)
 
 
+def load(folder):
+    """The model in f32. Versions before 5 have another name for the type, and rotary positions under other keys."""
+    config, old = AutoConfig.from_pretrained(folder), transformers.__version__ < "5"
+    if old and (rope := dict(getattr(config, "rope_parameters", {}))):
+        config.rope_theta = rope.pop("rope_theta")
+        config.rope_scaling = None if rope["rope_type"] == "default" else rope
+    dtype = {"torch_dtype" if old else "dtype": torch.float32}
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, attn_implementation="eager", **dtype).eval()
+
+
 class Oracle:
     def __init__(self, folder, tokenizer=None):
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        self.model = load(folder)
         self.exact = copy.deepcopy(self.model).double()
         self.tokenizer = tokenizer
         self.vocab = self.model.config.vocab_size

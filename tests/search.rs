@@ -1,0 +1,135 @@
+//! What transformers' searches find is what this crate's find: the lines that golden/search.py wrote beside the checkpoints.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use candle_generate::{FinishReason, GenerationConfig, Generator, Output, Prompt, Sequence};
+use serde::Deserialize;
+use serde_json::Value;
+use std::{fs, path::Path};
+
+/// The largest difference of a score, and above 1 the largest part of it: a negative `length_penalty` multiplies rounding errors.
+const TOLERANCE: f32 = 1e-4;
+
+/// A line of a file; search.py says what its fields are.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Case {
+    name: String,
+    input_ids: Vec<Vec<u32>>,
+    generation_config: Value,
+    sequences: Vec<Vec<Vec<u32>>>,
+    finish: Vec<Vec<String>>,
+    sequences_scores: Option<Vec<Vec<f32>>>,
+    beam_indices: Option<Vec<Vec<Vec<usize>>>>,
+    scores: Option<Vec<Vec<Vec<(usize, f32)>>>>,
+    /// Whether the line is 4.55.4's, which writes the first of several end tokens for any of them.
+    #[serde(skip)]
+    old: bool,
+}
+
+#[test]
+fn gpt2() {
+    run_folder("gpt2");
+}
+
+#[test]
+fn llama() {
+    run_folder("llama");
+}
+
+#[test]
+fn qwen2() {
+    run_folder("qwen2");
+}
+
+#[test]
+fn gemma2() {
+    run_folder("gemma2");
+}
+
+/// Runs every case, as a batch and each prompt alone.
+fn run_folder(name: &str) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    let generator = Generator::from_pretrained(&folder).unwrap();
+    let (mut count, mut wrong) = (0, Vec::new());
+    for file in ["search.jsonl", "search-4.55.4.jsonl"] {
+        for line in fs::read_to_string(folder.join(file)).unwrap().lines() {
+            let mut case: Case = serde_json::from_str(line).unwrap();
+            case.old = file != "search.jsonl";
+            count += 1;
+            let found = [("batched", case.batched(&generator)), ("alone", case.alone(&generator))];
+            wrong.extend(found.into_iter().filter_map(|(how, found)| Some(format!("{name}/{} {how}: {}", case.name, found.err()?))));
+        }
+    }
+    println!("{name}: {count} cases");
+    assert!(count > 0 && wrong.is_empty(), "{} of {count} differ from the reference:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+impl Case {
+    fn config(&self) -> GenerationConfig {
+        GenerationConfig::from_json(&self.generation_config).unwrap().output_scores(true)
+    }
+
+    fn batched(&self, generator: &Generator) -> Result<(), String> {
+        let prompts = self.input_ids.iter().cloned().map(Prompt::from);
+        let output = generator.generate_batch(prompts, &self.config()).map_err(|error| error.to_string())?;
+        self.check(&output, 0)
+    }
+
+    fn alone(&self, generator: &Generator) -> Result<(), String> {
+        for (index, prompt) in self.input_ids.iter().enumerate() {
+            let output = generator.generate(prompt.clone(), &self.config()).map_err(|error| error.to_string())?;
+            self.check(&output, index)?;
+        }
+        Ok(())
+    }
+
+    /// Compares an output whose first prompt is prompt `first` of the case.
+    fn check(&self, output: &Output, first: usize) -> Result<(), String> {
+        let ranks = self.sequences[first].len();
+        let prompts = if first > 0 { 1 } else { output.sequences.len().div_ceil(ranks) };
+        same("number of sequences", &output.sequences.len(), &(prompts * ranks))?;
+        for (row, sequence) in output.sequences.iter().enumerate() {
+            let (prompt, rank) = (first + row / ranks, row % ranks);
+            same("place", &(sequence.prompt, sequence.row), &(row / ranks, row))?;
+            self.check_sequence(sequence, prompt, rank).map_err(|reason| format!("prompt {prompt}, rank {rank}: {reason}"))?;
+        }
+        Ok(())
+    }
+
+    fn check_sequence(&self, sequence: &Sequence, prompt: usize, rank: usize) -> Result<(), String> {
+        let (ours, theirs) = (&sequence.tokens, &self.sequences[prompt][rank]);
+        same("number of tokens", &ours.len(), &theirs.len())?;
+        same("finish", &sequence.finish.as_str(), &self.finish[prompt][rank].as_str())?;
+        let kept = ours.len() - usize::from(self.old && sequence.finish == FinishReason::Eos);
+        same("tokens", &ours[..kept], &theirs[..kept])?;
+        if let Some(theirs) = &self.sequences_scores {
+            near("score", sequence.score.ok_or("no score")?, theirs[prompt][rank])?;
+        }
+        if let Some(theirs) = &self.beam_indices {
+            same("beam indices", sequence.beam_indices.as_ref().ok_or("no beam indices")?, &theirs[prompt][rank])?;
+        }
+        let ours = sequence.scores.as_ref().ok_or("no scores")?;
+        same("steps with scores", &ours.len(), &sequence.tokens.len())?;
+        if let (Some(theirs), 0) = (&self.scores, rank) {
+            same("steps with scores", &ours.len(), &theirs[prompt].len())?;
+            for (step, (ours, theirs)) in ours.iter().zip(&theirs[prompt]).enumerate() {
+                for &(id, value) in theirs {
+                    near(&format!("score of id {id} at step {step}"), ours[id], value)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn near(what: &str, ours: f32, theirs: f32) -> Result<(), String> {
+    if (ours - theirs).abs() <= TOLERANCE * theirs.abs().max(1.0) {
+        Ok(())
+    } else {
+        Err(format!("{what}: {ours}, the reference: {theirs}"))
+    }
+}
+
+fn same<T: PartialEq + std::fmt::Debug + ?Sized>(what: &str, ours: &T, theirs: &T) -> Result<(), String> {
+    if ours == theirs { Ok(()) } else { Err(format!("{what}: {ours:?}, the reference: {theirs:?}")) }
+}
