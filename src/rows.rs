@@ -45,6 +45,23 @@ pub struct Row {
     logits: Vec<Arc<Vec<f32>>>,
 }
 
+/// The cache of a row that nothing is computed for: it was cancelled before it began, or it has ended.
+pub(crate) struct Unfed;
+
+impl Cache for Unfed {
+    fn len(&self) -> usize {
+        0
+    }
+
+    fn fork(&self) -> Box<dyn Cache> {
+        Box::new(Self)
+    }
+
+    fn truncate(&mut self, _: usize) -> Result<()> {
+        Ok(())
+    }
+}
+
 /// The row's text so far, and what may still become text.
 #[derive(Clone)]
 struct Text {
@@ -193,8 +210,8 @@ impl Row {
         let mut text = self.text.as_ref().map_or("", |text| &text.certain[shown.bytes..]);
         let mut tokens = &self.generated()[shown.tokens..];
         for other in others {
-            let same = text.bytes().zip(certain(other).bytes()).take_while(|(a, b)| a == b).count();
-            text = &text[..text.floor_char_boundary(same)];
+            let same = text.char_indices().zip(certain(other).chars()).find(|((_, a), b)| a != b).map(|((at, _), _)| at);
+            text = &text[..same.unwrap_or(text.len().min(certain(other).len()))];
             tokens = &tokens[..tokens.iter().zip(&other.generated()[shown.tokens..]).take_while(|(a, b)| a == b).count()];
         }
         *shown = Shown { bytes: shown.bytes + text.len(), tokens: shown.tokens + tokens.len() };

@@ -8,7 +8,7 @@ use crate::{
     output::{Output, Piece, Sequence, Timings, Usage},
     plan::{Plan, Seeds},
     progress::{OnProgress, Stage},
-    rows::Row,
+    rows::{Row, Unfed},
     search::{self, Search, Turn},
     text::Tokenizer,
 };
@@ -116,7 +116,7 @@ impl Run {
             let reason = format!("the call would have {rows} rows; at most {ROWS} are accepted");
             return Err(Error::config("num_return_sequences", self.plan.num_return_sequences, reason));
         }
-        let rows = self.waiting.len() * self.plan.num_return_sequences;
+        let rows = self.waiting.len() * self.search.width(&self.plan);
         if let Seeds::Each(seeds) = &self.plan.seeds
             && seeds.len() != rows
         {
@@ -133,6 +133,7 @@ impl Run {
         }
         for waiting in &self.waiting {
             waiting.check(&self.plan, info.vocab_size, info.context)?;
+            self.search.check(&waiting.tokens, &self.plan)?;
             if let Some(limit) = self.setting.memory_limit {
                 let memory = self.memory(waiting);
                 if memory.total() > limit {
@@ -263,7 +264,7 @@ impl Run {
     // Ends everything as it is; prompts that never started give empty rows.
     fn cancel(&mut self) -> Result<()> {
         for waiting in std::mem::take(&mut self.waiting) {
-            let row = waiting.row(Box::new(Unstarted), &self.plan, self.setting.tokenizer.as_ref())?;
+            let row = waiting.row(Box::new(Unfed), &self.plan, self.setting.tokenizer.as_ref())?;
             self.fork(&row);
         }
         self.search.cancel(&mut self.rows, &self.plan)
@@ -312,23 +313,6 @@ impl Waiting {
         let mut row = Row::new(self.tokens, self.source, cache, plan, tokenizer)?;
         row.prompt = self.index;
         Ok(row)
-    }
-}
-
-/// The cache of a row that was cancelled before it began.
-struct Unstarted;
-
-impl Cache for Unstarted {
-    fn len(&self) -> usize {
-        0
-    }
-
-    fn fork(&self) -> Box<dyn Cache> {
-        Box::new(Self)
-    }
-
-    fn truncate(&mut self, _: usize) -> Result<()> {
-        Ok(())
     }
 }
 

@@ -79,8 +79,8 @@ fn fields_out_of_range() {
 
 #[test]
 fn modes_that_are_not_built() {
-    let beams = GenerationConfig::from_json(&serde_json::json!({"num_beams": 4})).unwrap();
-    refused(generator("llama").generate(vec![5, 6], &beams), "unsupported", &["beam"]);
+    let heads = GenerationConfig::from_json(&serde_json::json!({"use_mtp": true})).unwrap();
+    refused(generator("llama").generate(vec![5, 6], &heads), "unsupported", &["assisted"]);
 }
 
 #[test]

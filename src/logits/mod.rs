@@ -13,6 +13,8 @@ pub use ban::*;
 pub use penalty::*;
 pub use warp::*;
 
+pub(crate) use softmax::log_softmax;
+
 use crate::error::{Error, Result};
 use std::sync::Arc;
 
@@ -30,12 +32,14 @@ pub struct History<'a> {
     pub source: &'a [u32],
     /// The index of the row's prompt in the call.
     pub prompt: usize,
+    /// The tokens that earlier groups of a diverse beam search chose at this step.
+    pub taken: &'a [u32],
 }
 
 impl<'a> History<'a> {
     /// A history as processors see it; `tokens` starts with the `prompt_len` ids of the prompt.
     pub fn new(tokens: &'a [u32], prompt_len: usize, max_length: usize) -> Self {
-        Self { tokens, prompt_len, max_length, source: &tokens[..prompt_len.min(tokens.len())], prompt: 0 }
+        Self { tokens, prompt_len, max_length, source: &tokens[..prompt_len.min(tokens.len())], prompt: 0, taken: &[] }
     }
 
     /// The ids generated so far.

@@ -34,6 +34,13 @@ pub enum PenaltyScope {
     Last(usize),
 }
 
+/// Makes tokens less likely that earlier groups of beams chose at the same step (`diversity_penalty`, <https://arxiv.org/abs/1610.02424>).
+#[derive(Debug, Clone)]
+pub struct DiversityPenalty {
+    /// Subtracted for each of them.
+    pub penalty: f32,
+}
+
 /// Makes tokens of the source more likely (`encoder_repetition_penalty`).
 #[derive(Debug, Clone)]
 pub struct EncoderRepetitionPenalty {
@@ -108,6 +115,23 @@ impl LogitsProcessor for RepetitionPenalty {
             PenaltyScope::Last(n) => &tokens[tokens.len().saturating_sub(n)..],
         };
         penalise(scores, seen, &self.exempt, self.penalty);
+        Ok(())
+    }
+}
+
+impl LogitsProcessor for DiversityPenalty {
+    fn name(&self) -> &str {
+        "diversity_penalty"
+    }
+
+    fn process(&self, history: &History<'_>, scores: &mut [f32]) -> Result<()> {
+        let mut taken = history.taken.to_vec();
+        taken.sort_unstable();
+        for same in taken.chunk_by(|a, b| a == b) {
+            if let Some(score) = scores.get_mut(same[0] as usize) {
+                *score -= self.penalty * same.len() as f32;
+            }
+        }
         Ok(())
     }
 }
@@ -254,6 +278,12 @@ mod tests {
         let history = History { source: &[0, 1, 1, 4], ..history(&[2]) };
         let scores = processed(&EncoderRepetitionPenalty { penalty: 1.3 }, &history, &ROW);
         assert_eq!(scores, [1.9499999, -1.5384616, 0.3, 4.0, -0.53846157, 0.0]);
+    }
+
+    #[test]
+    fn diversity_penalty_counts_every_choice() {
+        let history = History { taken: &[3, 0, 3, 9], ..history(&[2]) };
+        assert_eq!(processed(&DiversityPenalty { penalty: 0.75 }, &history, &ROW), [0.75, -2.0, 0.3, 2.5, -0.7, 0.0]);
     }
 
     #[test]

@@ -47,6 +47,16 @@ impl Softmax {
     }
 }
 
+/// Makes scores log-probabilities. `false`, and nothing is changed, if the row has no distribution.
+pub(crate) fn log_softmax(scores: &mut [f32]) -> bool {
+    let Some(row) = Softmax::of(scores) else { return false };
+    let shift = row.sum.ln() as f32;
+    for score in scores {
+        *score = (*score - row.max) - shift;
+    }
+    true
+}
+
 /// The largest score that is not NaN; negative infinity if there is none.
 pub(super) fn max(scores: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; 16];

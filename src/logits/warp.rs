@@ -2,7 +2,7 @@
 
 use super::{
     History, LogitsProcessor, decimal, pick, rank,
-    softmax::{BLOCK, Softmax, any_above},
+    softmax::{BLOCK, Softmax, any_above, log_softmax},
 };
 use crate::error::Result;
 
@@ -226,11 +226,7 @@ impl LogitsProcessor for Renormalize {
     }
 
     fn process(&self, _: &History<'_>, scores: &mut [f32]) -> Result<()> {
-        let Some(row) = Softmax::of(scores) else { return Ok(()) };
-        let shift = row.sum.ln() as f32;
-        for score in scores {
-            *score = (*score - row.max) - shift;
-        }
+        log_softmax(scores);
         Ok(())
     }
 }

@@ -1,7 +1,10 @@
 //! The processors of a config, in transformers' order.
 
 use super::{Check, Keywords};
-use crate::{config::OneOrMany, logits::*};
+use crate::{
+    config::{OneOrMany, Strategy},
+    logits::*,
+};
 use serde_json::json;
 use std::{collections::HashSet, sync::Arc};
 
@@ -34,6 +37,9 @@ fn shape(check: &mut Check<'_>, eos: &[u32], keywords: Option<&Keywords>) -> Vec
     }
     if let Some(keywords) = keywords {
         list.push(Arc::new(keywords.boost.clone()));
+    }
+    if let Strategy::DiverseBeam { diversity_penalty, .. } = check.strategy {
+        list.push(Arc::new(DiversityPenalty { penalty: *diversity_penalty as f32 }));
     }
     let positive = |x: f32| x > 0.0 && x.is_finite();
     let penalty = check.number("encoder_repetition_penalty", config.encoder_repetition_penalty, "a number above 0", positive);

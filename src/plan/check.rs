@@ -1,8 +1,8 @@
 //! Looks at every value that the mode uses, and remembers all that is wrong.
 
-use super::{Capacity, Length, Merged, Origin, Record, Seeds};
+use super::{Beams, Capacity, Length, Merged, Origin, Record, Seeds};
 use crate::{
-    config::{GenerationConfig, OneOrMany, Strategy},
+    config::{EarlyStopping, GenerationConfig, OneOrMany, Strategy},
     error::{Error, Problem, Result},
     model::ModelInfo,
     text::{StopStrings, Tokenizer},
@@ -12,7 +12,15 @@ use std::{collections::HashSet, fmt::Display, time::Duration};
 
 /// The modes that this version offers.
 fn built(strategy: &Strategy) -> bool {
-    matches!(strategy, Strategy::Greedy | Strategy::Sample)
+    match strategy {
+        Strategy::Greedy
+        | Strategy::Sample
+        | Strategy::Beam { .. }
+        | Strategy::BeamSample { .. }
+        | Strategy::DiverseBeam { .. }
+        | Strategy::ConstrainedBeam { .. } => true,
+        Strategy::Contrastive { .. } | Strategy::Dola { .. } | Strategy::PromptLookup { .. } | Strategy::Assisted { .. } => false,
+    }
 }
 
 /// The merged config beside the model and the tokenizer. Values asked for are checked on the way; what is wrong is remembered until
@@ -114,7 +122,7 @@ impl<'a> Check<'a> {
             self.refuse("strategy", json!(strategy), reason);
         }
         if !built(self.strategy) {
-            self.unsupported.push(format!("the mode {} is not built yet; greedy and sample are", self.strategy.name()));
+            self.unsupported.push(format!("the mode {} is not built yet", self.strategy.name()));
         }
         self.whole("num_beams", config.num_beams, 1);
         self.number("assistant_ensemble_weight", config.assistant_ensemble_weight, "a number above 0 and below 1", |x| x > 0.0 && x < 1.0);
@@ -188,6 +196,28 @@ impl<'a> Check<'a> {
             self.refuse("num_return_sequences", rows, format!("accepted is at most num_beams, which is {beams}"));
         }
         rows
+    }
+
+    pub fn beams(&mut self, eos: &[u32]) -> Beams {
+        let config = self.config;
+        let (mut length_penalty, mut pad) = (1.0, None);
+        if self.strategy.num_beams() > 1 {
+            self.number("length_penalty", config.length_penalty, "a finite number", f32::is_finite);
+            length_penalty = config.length_penalty.unwrap_or(1.0);
+        }
+        if let Strategy::DiverseBeam { num_beams, num_beam_groups, diversity_penalty } = *self.strategy {
+            if num_beams % num_beam_groups.max(1) != 0 {
+                self.refuse("num_beam_groups", num_beam_groups, format!("accepted is a divisor of num_beams, which is {num_beams}"));
+            }
+            let accepted = "a number above 0, or all groups would be the same";
+            self.number("diversity_penalty", Some(diversity_penalty), accepted, |x| x > 0.0 && x.is_finite());
+            if config.do_sample == Some(true) {
+                self.refuse("do_sample", true, "groups of beams do not draw; accepted is false, or num_beam_groups = 1");
+            }
+            let known = config.pad_token_id.and_then(|id| u32::try_from(id).ok());
+            pad = known.filter(|&id| (id as usize) < self.info.vocab_size).or(eos.first().copied());
+        }
+        Beams { length_penalty, early_stopping: config.early_stopping.unwrap_or(EarlyStopping::When(false)), pad }
     }
 
     /// Without a seed a fresh one, so that results can tell it.

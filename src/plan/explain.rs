@@ -89,7 +89,7 @@ fn unused(field: &str, merged: &Merged, info: &ModelInfo, eos: &[u32]) -> Option
         "cache_implementation" | "max_cache_len" if config.use_cache == Some(false) => Some("use_cache is false".into()),
         "max_cache_len" if !matches!(config.cache_implementation.as_deref(), None | Some("static")) => Some("for the static cache".into()),
         "cache_config" => Some("no cache here has parameters".into()),
-        "pad_token_id" => Some("nothing is padded".into()),
+        "pad_token_id" if !matches!(strategy, Strategy::DiverseBeam { .. }) => Some("nothing is padded".into()),
         "return_dict_in_generate" => Some("results always are structs".into()),
         "compile_config" | "disable_compile" | "low_memory" | "continuous_batching_config" => Some("about speed alone".into()),
         _ => None,

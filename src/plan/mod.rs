@@ -10,7 +10,7 @@ pub use explain::{Explanation, Setting};
 pub use merge::Origin;
 
 use crate::{
-    config::{GenerationConfig, Strategy},
+    config::{EarlyStopping, GenerationConfig, Strategy},
     error::Result,
     logits::{KeywordBoost, LogitsProcessor},
     model::{ModelInfo, Room},
@@ -49,6 +49,8 @@ pub struct Plan {
     pub cancel: Option<CancelToken>,
     /// Rows per prompt.
     pub num_return_sequences: usize,
+    /// How beams are ranked and when they are done.
+    pub beams: Beams,
     /// Where rows' seeds come from.
     pub seeds: Seeds,
     /// What results carry besides tokens and text.
@@ -114,6 +116,17 @@ impl Capacity {
     }
 }
 
+/// How beams are ranked and when they are done.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Beams {
+    /// The power of a sequence's length that its score is divided by.
+    pub length_penalty: f64,
+    /// When a search with beams ends.
+    pub early_stopping: EarlyStopping,
+    /// What a group of beams that is done is taken to choose.
+    pub pad: Option<u32>,
+}
+
 /// Where rows' seeds come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Seeds {
@@ -173,6 +186,7 @@ impl Plan {
             criteria: config.stopping_criteria.clone(),
             cancel: config.cancel.clone(),
             num_return_sequences: check.num_return_sequences(),
+            beams: check.beams(&eos),
             seeds: check.seeds(),
             record: check.record(),
             use_cache: config.use_cache != Some(false),

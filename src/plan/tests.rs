@@ -334,9 +334,6 @@ fn what_the_reference_accepts_is_accepted_and_shown() {
 #[test]
 fn what_is_not_built_yet_is_unsupported_and_named() {
     for (name, json) in [
-        ("beam", json!({"num_beams": 2})),
-        ("beam_sample", json!({"num_beams": 2, "do_sample": true})),
-        ("diverse_beam", json!({"num_beams": 2, "num_beam_groups": 2})),
         ("contrastive", json!({"penalty_alpha": 0.5})),
         ("dola", json!({"dola_layers": "high"})),
         ("prompt_lookup", json!({"prompt_lookup_num_tokens": 2})),
@@ -359,8 +356,35 @@ fn what_is_not_built_yet_is_unsupported_and_named() {
     {
         planned(&recipe);
     }
-    let translation = Plan::new(&GenerationConfig::translation(), &GenerationConfig::new(), &info(), None);
-    assert!(matches!(translation, Err(Error::Unsupported(_))));
+    let expected = Beams { length_penalty: 1.0, early_stopping: EarlyStopping::When(true), pad: None };
+    assert_eq!(planned(&GenerationConfig::translation()).beams, expected);
+}
+
+#[test]
+fn beams_are_planned() {
+    let groups = |field: &str, value: Value| {
+        let mut json = json!({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5});
+        json[field] = value;
+        plan(json)
+    };
+    let diverse = groups("pad_token_id", json!(7)).unwrap();
+    assert_eq!(diverse.beams, Beams { length_penalty: 1.0, early_stopping: EarlyStopping::When(false), pad: Some(7) });
+    assert_eq!(setting(&diverse, "pad_token_id").unwrap().unused, None);
+    assert_eq!(groups("pad_token_id", json!(-1)).unwrap().beams.pad, Some(2), "the end token pads unless another does");
+    for (field, value) in [
+        ("num_beam_groups", json!(3)),
+        ("num_beam_groups", json!(8)),
+        ("diversity_penalty", json!(0.0)),
+        ("diversity_penalty", json!(-1.0)),
+        ("do_sample", json!(true)),
+        ("length_penalty", json!(1e300)),
+    ] {
+        assert_eq!(refused(groups(field, value.clone())), [field], "{value}");
+    }
+    let bias = groups("sequence_bias", json!([[[5], 1.0]])).unwrap();
+    assert_eq!(types(&bias), ["SequenceBias", "DiversityPenalty"]);
+    assert_eq!(types(&groups("repetition_penalty", json!(1.5)).unwrap()), ["DiversityPenalty", "RepetitionPenalty"]);
+    assert!(plan(json!({"length_penalty": 1e300})).is_ok(), "not used by greedy");
 }
 
 #[test]

@@ -1,5 +1,8 @@
 //! Searches: rows in, rows out, over one forward pass. None knows a model family, a tokenizer or a device.
 
+mod beam;
+mod group;
+mod hypotheses;
 mod phrases;
 mod single;
 
@@ -23,6 +26,11 @@ pub trait Search: Send {
     /// Rows that a prompt begins with: forks of one computed prompt, numbered one after another.
     fn width(&self, plan: &Plan) -> usize {
         plan.num_return_sequences
+    }
+
+    /// Whether a row that begins with `tokens` can be searched. Asked before anything is computed.
+    fn check(&self, _tokens: &[u32], _plan: &Plan) -> Result<()> {
+        Ok(())
     }
 
     /// What the passes over all but the last tokens of prompts return.
@@ -65,6 +73,9 @@ pub fn new(strategy: &Strategy) -> Result<Box<dyn Search>> {
     match strategy {
         Strategy::Greedy => Ok(Box::new(single::Single::Greedy)),
         Strategy::Sample => Ok(Box::new(single::Single::Sample)),
+        Strategy::Beam { .. } | Strategy::BeamSample { .. } | Strategy::DiverseBeam { .. } | Strategy::ConstrainedBeam { .. } => {
+            Ok(Box::new(beam::Beam::default()))
+        }
         other => Err(Error::Unsupported(format!("the mode {} is not built yet", other.name()))),
     }
 }

@@ -1,11 +1,24 @@
 //! Forced phrases, and how far a row has come with them (<https://arxiv.org/abs/1804.06609>).
 
-use std::sync::Arc;
+use super::group::Candidate;
+use crate::{
+    config::Strategy,
+    error::{Error, Result},
+    plan::Plan,
+    rows::Row,
+};
+use serde_json::json;
 
-/// What rows have to produce: of each set of phrases one alternative. A clone shares it.
-#[derive(Debug, Clone)]
-pub(super) struct Phrases {
-    sets: Arc<[Set]>,
+/// The phrases that beams have to produce, and how far each beam has come.
+pub(super) struct Forced {
+    phrases: Phrases,
+    beams: Vec<Progress>,
+}
+
+/// What rows have to produce: of each set of phrases one alternative.
+#[derive(Debug)]
+struct Phrases {
+    sets: Vec<Set>,
     /// The tokens of the longest alternative of all.
     longest: usize,
 }
@@ -33,12 +46,87 @@ struct Begun {
     len: usize,
 }
 
+impl Forced {
+    /// For a prompt's one beam; `None` where nothing is forced.
+    pub fn new(plan: &Plan, prompt: &Row) -> Option<Self> {
+        (!plan.phrases.is_empty()).then(|| {
+            let phrases = Phrases::new(&plan.phrases);
+            Self { beams: vec![phrases.after(&prompt.tokens)], phrases }
+        })
+    }
+
+    /// How far a beam is with one more token.
+    pub fn after(&self, beam: usize, token: u32) -> Progress {
+        let mut progress = self.beams[beam].clone();
+        self.phrases.read(&mut progress, token);
+        progress
+    }
+
+    /// Whether a beam has all phrases.
+    pub fn complete(&self, beam: usize) -> bool {
+        self.beams[beam].complete()
+    }
+
+    /// The next beams.
+    pub fn go_on(&mut self, beams: Vec<Progress>) {
+        self.beams = beams;
+    }
+
+    /// Makes the candidates of a plain search those of a constrained one: beams that lack a phrase also offer the tokens that move
+    /// it on, and those that are further take turns with those that are less far. Ends stay as they are.
+    pub fn choose(&self, candidates: Vec<Candidate>, size: usize, plan: &Plan, score: impl Fn(usize, u32) -> f32) -> Vec<Candidate> {
+        let ends = |next: &Candidate| plan.eos.contains(&next.token) || plan.stop_token_ids.contains(&next.token);
+        let (mut chosen, mut best): (Vec<_>, Vec<_>) = candidates.into_iter().partition(ends);
+        best.truncate(size);
+        chosen.extend(self.steer(best, score).into_iter().enumerate().map(|(rank, next)| Candidate { rank, ..next }));
+        chosen
+    }
+
+    fn steer(&self, best: Vec<Candidate>, score: impl Fn(usize, u32) -> f32) -> Vec<Candidate> {
+        let bank = |next: &Candidate| self.phrases.bank(&self.after(next.beam, next.token));
+        let mut offers: Vec<_> = best.iter().map(|next| (bank(next), *next)).collect();
+        for (beam, progress) in self.beams.iter().enumerate() {
+            for (token, bank) in self.phrases.advances(progress) {
+                let next = Candidate { beam, token, score: score(beam, token), rank: 0 };
+                let known = offers.iter().any(|(_, other)| (other.beam, other.token) == (beam, token));
+                // HF: a token that a processor forbids is forced all the same there, with a score of negative infinity.
+                if !known && next.score > f32::NEG_INFINITY {
+                    offers.push((bank, next));
+                }
+            }
+        }
+        if offers.len() == best.len() {
+            return best;
+        }
+        // HF: one sum of both, so that 100 of a score weigh as much as a bank; a turn is a place in a run of one bank.
+        let rank = |(bank, next): &(usize, Candidate)| (bank * 100) as f32 + next.score;
+        offers.sort_by(|a, b| rank(b).total_cmp(&rank(a)));
+        let turns = offers.chunk_by(|a, b| a.0 == b.0).flat_map(|run| run.iter().map(|(_, next)| *next).enumerate());
+        let mut turns: Vec<_> = turns.collect();
+        turns.sort_by_key(|(turn, _)| *turn);
+        turns.into_iter().map(|(_, next)| next).take(best.len()).collect()
+    }
+}
+
+/// Refuses a phrase that needs more tokens than a row that begins with `tokens` has room for.
+pub(super) fn check_room(tokens: &[u32], plan: &Plan) -> Result<()> {
+    let phrases = Phrases::new(&plan.phrases);
+    let room = plan.length.max_length(tokens.len()).saturating_sub(tokens.len());
+    let progress = phrases.after(tokens);
+    let Some((set, missing)) = phrases.missing(&progress).find(|(_, missing)| *missing > room) else { return Ok(()) };
+    let field = match &plan.strategy {
+        Strategy::ConstrainedBeam { force_words_ids, .. } if set < force_words_ids.len() => "force_words_ids",
+        _ => "force_words",
+    };
+    let reason = format!("{missing} more tokens make the phrase, and a prompt leaves room for {room}; accepted are phrases that fit");
+    Err(Error::config(field, json!(plan.phrases.get(set)), reason))
+}
+
 impl Phrases {
     pub fn new(sets: &[Vec<Vec<u32>>]) -> Self {
         let longest = |alternatives: &[Vec<u32>]| alternatives.iter().map(Vec::len).max().unwrap_or(0);
-        let sets: Vec<_> =
-            sets.iter().map(|set| Set { longest: longest(set), alternatives: set.clone() }).collect();
-        Self { longest: sets.iter().map(|set| set.longest).max().unwrap_or(0), sets: sets.into() }
+        let sets: Vec<_> = sets.iter().map(|set| Set { longest: longest(set), alternatives: set.clone() }).collect();
+        Self { longest: sets.iter().map(|set| set.longest).max().unwrap_or(0), sets }
     }
 
     /// The state after `tokens`.
@@ -222,13 +310,7 @@ mod tests {
 
     #[test]
     fn alternatives_that_share_a_head_are_ranked_as_the_reference_does() {
-        let expected = [
-            (0, vec![(1, 1)]),
-            (1, vec![(2, 3), (4, 3)]),
-            (2, vec![(3, 4), (4, 0)]),
-            (3, vec![(5, 4)]),
-            (4, vec![]),
-        ];
+        let expected = [(0, vec![(1, 1)]), (1, vec![(2, 3), (4, 3)]), (2, vec![(3, 4), (4, 0)]), (3, vec![(5, 4)]), (4, vec![])];
         assert_eq!(trace(&[&[&[1, 2, 3], &[1, 4], &[1, 2, 4, 5]]], &[1, 2, 4, 5]), expected);
         let expected = [(0, vec![(1, 1), (1, 1)]), (1, vec![(2, 3), (3, 3)]), (2, vec![(3, 3)]), (3, vec![(1, 5)])];
         assert_eq!(trace(&[&[&[1, 2, 3], &[1, 3]], &[&[1, 2]]], &[1, 2, 3]), expected);
@@ -248,5 +330,40 @@ mod tests {
         assert_eq!(missing(&[5, 5]), [(1, 1), (0, 2)]);
         assert_eq!(missing(&[1, 2, 3, 5]), [(1, 2)]);
         assert_eq!(missing(&[1, 4, 5, 5, 5]), []);
+    }
+
+    /// What transformers 4.55.4 makes of three beams of which plain search would continue 0 with 0, 1 with 5 and 0 with 4.
+    fn chosen(sets: &[&[&[u32]]]) -> Vec<(usize, u32, f32)> {
+        let sets: Vec<Vec<Vec<u32>>> = sets.iter().map(|set| set.iter().map(|ids| ids.to_vec()).collect()).collect();
+        let phrases = Phrases::new(&sets);
+        let forced = Forced { beams: [[0, 0], [0, 1], [0, 4]].map(|tokens| phrases.after(&tokens)).into(), phrases };
+        let scores = [
+            [-1.0, -3.0, -4.5, -5.0, -2.0, -9.0],
+            [-2.5, -3.5, -3.0, -7.0, -8.0, -1.5],
+            [-6.0, -6.5, -120.0, -6.1, -7.0, f32::NEG_INFINITY],
+        ];
+        let best = [(0, 0, -1.0), (1, 5, -1.5), (0, 4, -2.0)].map(|(beam, token, score)| Candidate { beam, token, score, rank: 0 });
+        let chosen = forced.steer(best.into(), |beam, token| scores[beam][token as usize]);
+        chosen.into_iter().map(|Candidate { beam, token, score, .. }| (beam, token, score)).collect()
+    }
+
+    #[test]
+    fn beams_of_all_banks_take_turns() {
+        assert_eq!(chosen(&[&[&[1, 2]]]), [(1, 2, -3.0), (0, 1, -3.0), (0, 0, -1.0)]);
+        assert_eq!(chosen(&[&[&[1, 2]], &[&[3]]]), [(1, 2, -3.0), (0, 1, -3.0), (0, 0, -1.0)]);
+        assert_eq!(chosen(&[&[&[4]]]), [(0, 4, -2.0), (0, 0, -1.0), (1, 4, -8.0)]);
+        assert_eq!(chosen(&[&[&[0]], &[&[1]], &[&[4]]]), [(2, 1, -6.5), (1, 5, -1.5), (0, 0, -1.0)]);
+        assert_eq!(chosen(&[&[&[4, 2], &[4, 3]], &[&[1]]]), [(1, 4, -8.0), (1, 5, -1.5), (0, 4, -2.0)]);
+    }
+
+    #[test]
+    fn a_score_can_outweigh_a_bank() {
+        assert_eq!(chosen(&[&[&[4, 2]], &[&[5, 5, 5]]]), [(0, 4, -2.0), (2, 2, -120.0), (1, 5, -1.5)]);
+    }
+
+    #[test]
+    fn what_is_forbidden_or_known_is_not_offered() {
+        assert_eq!(chosen(&[&[&[0]]]), [(0, 0, -1.0), (1, 5, -1.5), (0, 4, -2.0)]);
+        assert!(!chosen(&[&[&[4, 5]]]).iter().any(|next| next.0 == 2 && next.1 == 5));
     }
 }

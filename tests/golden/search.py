@@ -73,7 +73,7 @@ def beams():
                 [6, 9],
                 lambda p, _: everything
                 | dict(eos_token_id=two(p), early_stopping=early_stopping, length_penalty=length_penalty, max_new_tokens=12),
-                idle=[] if early_stopping and length_penalty > 0.5 else ["early_stopping"],
+                idle=[] if early_stopping and length_penalty == 0.6 else ["early_stopping"],
             )
         yield beam(
             f"early_stopping_{early_stopping}".lower(),
@@ -156,7 +156,55 @@ def diverse_beams():
     )
 
 
-MODES = {"5.23.0": [beams], "4.55.4": [diverse_beams]}
+def forced_phrases():
+    def forced(name, rows, phrases, fields=None, idle=(), **more):
+        def all_fields(path, prompt):
+            words = phrases(path, prompt) if callable(phrases) else phrases
+            own = fields(path, prompt) if callable(fields) else fields or {}
+            return dict(num_beams=4, max_new_tokens=9, num_return_sequences=4, force_words_ids=words) | own
+
+        return Case(f"forced_{name}", rows, all_fields, idle=["num_return_sequences", *idle], **more)
+
+    two = lambda p: [p[2], p[5]]
+
+    yield forced("token", [7], [[50]], dict(num_return_sequences=1))
+    yield forced("phrase", [5, 8], [[50, 61, 72]])
+    yield forced("phrases", [3, 17, 1, 9], [[50], [61, 72], [43, 44]])
+    yield forced("set", [6, 9], [[[50, 61], [72]]])
+    yield forced("set_with_one_head", [6, 4], [[[50, 61, 72], [50, 43], [50, 61, 44, 45]], [72]])
+    yield forced("sets", [6, 4], [[[50, 61], [72]], [43, 44], [[45, 46, 47], [48]]], dict(max_new_tokens=12))
+    yield forced("same_token_again", [6, 4], [[50, 50], [61, 50, 61]])
+    yield forced("same_phrase_twice", [6], [[50], [50]])
+    yield forced("said_anyway", [6, 4], lambda p, _: [[p[2], p[3]], [50]])
+    yield forced("begun_by_the_prompt", [6], lambda _, ids: [[ids[-1], 50, 61]])
+    yield forced("said_by_the_prompt", [6], lambda _, ids: [[ids[0], ids[1]], [50, 61]])
+    yield forced("no_room", [6, 4], [[50, 61], [72, 43], [44, 45]], dict(max_new_tokens=4))
+    yield forced("little_room", [6, 4], [[50, 61], [72]], dict(max_new_tokens=3, num_return_sequences=2))
+    yield forced("two_beams", [5, 8], [[50, 61]], dict(num_beams=2, num_return_sequences=2))
+    yield forced("seven_beams", [5], [[50, 61], [[72], [43, 44]]], dict(num_beams=7, num_return_sequences=7))
+    yield forced("eos", [6, 3], [[50]], lambda p, _: dict(eos_token_id=p[4]))
+    yield forced("eos_list", [6, 9], [[50, 61]], lambda p, _: dict(eos_token_id=[*two(p), p[7]], max_new_tokens=12))
+    for early_stopping in [False, True, "never"]:
+        for length_penalty in [0.0, -1.0, 2.0]:
+            yield forced(
+                f"early_stopping_{early_stopping}_length_penalty_{length_penalty}".lower(),
+                [6, 4],
+                [[50], [[61], [72, 43]]],
+                lambda p, _: dict(eos_token_id=two(p), early_stopping=early_stopping, length_penalty=length_penalty, max_new_tokens=12),
+                idle=["early_stopping"],
+            )
+    yield forced(
+        "processed",
+        [9, 6],
+        [[50, 61], [72]],
+        lambda p, _: dict(
+            sequence_bias=[[[p[1]], -3.0]], repetition_penalty=1.4, no_repeat_ngram_size=2, min_new_tokens=5, eos_token_id=two(p)
+        ),
+        alphabet=4,
+    )
+
+
+MODES = {"5.23.0": [beams], "4.55.4": [diverse_beams, forced_phrases]}
 
 
 class Found:
@@ -209,7 +257,7 @@ def record(oracle, folder, case):
             found = checked(oracle, case, prompts, fields)
             print(f"{folder}/{case.name}: prompt {attempt}", flush=True)
             return line(case, fields, found)
-        except (Refused, ValueError) as refused:  # ValueError: the oracle's own
+        except (Refused, ValueError, TypeError) as refused:  # the last two: the oracle's own
             refusals[str(refused)] += 1
     raise SystemExit(f"{folder}/{case.name}: no prompt will do: {refusals}")
 
