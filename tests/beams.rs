@@ -119,7 +119,7 @@ fn streamed_is_collected() {
         let output = stream.into_output().unwrap();
         assert!(output.sequences.iter().zip(&collected.sequences).all(|(left, right)| left.tokens == right.tokens));
     }
-    assert!(early > 20, "only {early} pieces came before the end");
+    assert!(early > 10, "only {early} pieces came before the end");
 }
 
 #[test]
@@ -329,4 +329,11 @@ fn a_phrase_needs_room() {
     // The prompt has its first token, or all of it.
     assert_eq!(GENERATORS[1].generate(vec![5, 8], &forced(&[8, 9, 10])).unwrap().tokens(), [9, 10]);
     assert!(GENERATORS[1].generate(vec![8, 9, 10], &forced(&[8, 9, 10])).unwrap().sequences[0].unmet.is_empty());
+}
+
+#[test]
+fn beams_share_the_cache_of_their_prompt() {
+    let cache = |config: GenerationConfig| storyteller().memory(&config.max_new_tokens(32), 1, 1_024).unwrap().cache;
+    let (one, eight) = (cache(GenerationConfig::greedy()), cache(GenerationConfig::beam(8)));
+    assert!(eight > one && eight * 2 < one * 3, "{eight} bytes for 8 beams, {one} for a row");
 }

@@ -134,6 +134,7 @@ impl Group {
                     states.extend(state);
                 }
                 Some(FinishReason::Length | FinishReason::Time) if self.rules == Rules::Scored => {
+                    ground.taken.push(token);
                     late.push(Ended { row: child, score, complete });
                 }
                 Some(_) if rank < self.size && complete => self.keep(child, score, plan),

@@ -73,7 +73,7 @@ def beams():
                 [6, 9],
                 lambda p, _: everything
                 | dict(eos_token_id=two(p), early_stopping=early_stopping, length_penalty=length_penalty, max_new_tokens=12),
-                idle=[] if early_stopping and length_penalty == 0.6 else ["early_stopping"],
+                idle=[] if early_stopping is True and length_penalty > 0.5 else ["early_stopping"],
             )
         yield beam(
             f"early_stopping_{early_stopping}".lower(),
