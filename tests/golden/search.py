@@ -25,6 +25,7 @@ A new mode is a function that yields cases, and its place in MODES.
 import copy
 import json
 import random
+import re
 import sys
 import warnings
 from collections import Counter
@@ -161,6 +162,9 @@ def forced_phrases():
         def all_fields(path, prompt):
             words = phrases(path, prompt) if callable(phrases) else phrases
             own = fields(path, prompt) if callable(fields) else fields or {}
+            ends = own.get("eos_token_id", [])
+            if any(str(end) in re.findall(r"\d+", str(words)) for end in (ends if isinstance(ends, list) else [ends])):
+                raise Refused("an end within a phrase")
             return dict(num_beams=4, max_new_tokens=9, num_return_sequences=4, force_words_ids=words) | own
 
         return Case(f"forced_{name}", rows, all_fields, idle=["num_return_sequences", *idle], **more)
@@ -198,6 +202,7 @@ def forced_phrases():
         [6],
         [[50, 61], [72]],
         lambda p, _: dict(sequence_bias=[[[p[1]], -3.0]], repetition_penalty=1.4, min_new_tokens=6, eos_token_id=two(p), max_new_tokens=12),
+        idle=["min_new_tokens"],
     )
     yield forced("no_repeat_ngram_size", [6], [[50, 61], [72]], dict(no_repeat_ngram_size=2, max_new_tokens=12), alphabet=4)
 
