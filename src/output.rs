@@ -47,7 +47,7 @@ pub struct Sequence {
     pub finish: FinishReason,
     /// The stop string that ended it.
     pub stop_string: Option<String>,
-    /// The seed that reproduces it alone, where tokens were drawn.
+    /// The seed that reproduces it alone, where tokens were drawn; with beams that of its prompt.
     pub seed: Option<u64>,
     /// The score that a beam search ranks by.
     pub score: Option<f32>,

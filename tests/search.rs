@@ -20,11 +20,14 @@ struct Case {
     finish: Vec<Vec<String>>,
     sequences_scores: Option<Vec<Vec<f32>>>,
     beam_indices: Option<Vec<Vec<Vec<usize>>>>,
-    scores: Option<Vec<Vec<Vec<(usize, f32)>>>>,
+    scores: Option<Vec<Vec<Top>>>,
     /// Whether the line is 4.55.4's, which writes the first of several end tokens for any of them.
     #[serde(skip)]
     old: bool,
 }
+
+/// Ids with their values, best first.
+type Top = Vec<(usize, f32)>;
 
 #[test]
 fn gpt2() {

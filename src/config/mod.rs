@@ -183,7 +183,7 @@ fields! {
     eta_cutoff: f64,
     /// The seed of the first row; the other rows' are derived from it.
     seed: u64 as Seed,
-    /// One seed for each row of the call. Wins over `seed`.
+    /// One seed for each row of the call, or with beams for each prompt. Wins over `seed`.
     seeds: Vec<u64>,
 
     /// What seen tokens pay; 1 is off.

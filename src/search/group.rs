@@ -12,7 +12,7 @@ use crate::{
     plan::Plan,
     rows::Row,
 };
-use std::time::Instant;
+use std::{iter::repeat_n, mem, time::Instant};
 
 /// The beams of a prompt, or in diverse search a part of them.
 pub(super) struct Group {
@@ -97,7 +97,9 @@ impl Group {
         let plan = ground.plan;
         if self.scores.is_empty() {
             // HF: a group that is done chooses padding, which the groups after it avoid.
-            ground.taken.extend(plan.beams.pad.iter().flat_map(|&pad| vec![pad; self.size]));
+            if let Some(pad) = plan.beams.pad {
+                ground.taken.extend(repeat_n(pad, self.size));
+            }
             return Ok(Vec::new());
         }
         let processed = self.process(from, ground)?;
@@ -122,6 +124,7 @@ impl Group {
             let at = beam * ground.vocab_size..(beam + 1) * ground.vocab_size;
             let raw = &ground.logits[from * ground.vocab_size..][at.clone()];
             child.record(token, &plan.record, Some(raw), &processed[at]);
+            // HF: groups look their indices up in the first group's there; here they count all beams of the prompt.
             child.beam_indices.push(self.offset + beam);
             child.push(token, plan, ground.started)?;
             let state = self.forced.as_ref().map(|forced| forced.after(beam, token));
@@ -137,6 +140,7 @@ impl Group {
                     ground.taken.push(token);
                     late.push(Ended { row: child, score, complete });
                 }
+                // HF: what ends without all phrases is dropped.
                 Some(_) if rank < self.size && complete => self.keep(child, score, plan),
                 Some(_) if rank < self.size => broken.push(Ended { row: child, score, complete }),
                 _ => {}
@@ -162,7 +166,7 @@ impl Group {
 
     /// Ends its beams, the next of `rows`, as they are.
     pub fn close(&mut self, rows: &mut impl Iterator<Item = Row>, plan: &Plan) {
-        let scores = std::mem::take(&mut self.scores).into_iter().enumerate();
+        let scores = mem::take(&mut self.scores).into_iter().enumerate();
         let complete = |beam| self.forced.as_ref().is_none_or(|forced| forced.complete(beam));
         let late = scores.zip(rows).map(|((beam, score), row)| Ended { row, score, complete: complete(beam) }).collect();
         self.keep_late(late, plan);
@@ -209,7 +213,7 @@ impl Group {
             let first = (row.generated().len() as u64).wrapping_mul(count as u64);
             let draw = |draw: u64| {
                 let at = pick::sample(&sums, pick::uniform(row.seed, first.wrapping_add(draw)))? as usize;
-                let score = std::mem::replace(&mut sums[at], f32::NEG_INFINITY);
+                let score = mem::replace(&mut sums[at], f32::NEG_INFINITY);
                 Some((at / ground.vocab_size, (at % ground.vocab_size) as u32, score))
             };
             (0..count as u64).map_while(draw).enumerate().map(Candidate::new).collect()
