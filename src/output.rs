@@ -73,6 +73,9 @@ pub struct Sequence {
     pub steps: Option<Vec<Step>>,
     /// The keywords of `keyword_boost`, and whether each was produced.
     pub keywords: Vec<(String, bool)>,
+    /// The forced phrases that neither it nor its prompt holds, since room ran out or another setting forbade them: their
+    /// indices in `force_words_ids` followed by `force_words`.
+    pub unmet: Vec<usize>,
 }
 
 /// Why a sequence ended.

@@ -302,6 +302,8 @@ impl Row {
             .keywords
             .as_ref()
             .map_or_else(Vec::new, |keywords| keywords.words.iter().cloned().zip(keywords.boost.produced(&generated)).collect());
+        let holds = |ids: &Vec<u32>| self.tokens.windows(ids.len()).any(|part| part == ids);
+        let unmet = plan.phrases.iter().enumerate().filter(|(_, set)| !set.iter().any(holds)).map(|(index, _)| index).collect();
         Ok(Sequence {
             prompt: self.prompt,
             row: self.number,
@@ -320,6 +322,7 @@ impl Row {
             logits: plan.record.logits.then(|| owned(self.logits)),
             steps: plan.record.trace.then(|| owned(self.steps)),
             keywords,
+            unmet,
             tokens: generated,
         })
     }

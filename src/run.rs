@@ -156,6 +156,7 @@ impl Run {
         }
         for waiting in &self.waiting {
             waiting.check(&self.plan, info.vocab_size, info.context)?;
+            self.search.check(&waiting.tokens, &self.plan)?;
             if let Some(limit) = self.setting.memory_limit {
                 let memory = self.memory(waiting);
                 if memory.total() > limit {

@@ -9,7 +9,7 @@ use std::{fs, path::Path};
 const FILE: &str = "generation_config.json";
 
 /// Fields that transformers does not have. In a config.json such a key means something else.
-const OURS: [&str; 11] = [
+const OURS: [&str; 12] = [
     "strategy",
     "include_stop_string",
     "stop_token_ids",
@@ -18,6 +18,7 @@ const OURS: [&str; 11] = [
     "penalty_scope",
     "penalty_exempt_ids",
     "bad_words",
+    "force_words",
     "keyword_boost",
     "log_probs",
     "processed_log_probs",
@@ -147,6 +148,7 @@ impl GenerationConfig {
             diversity_penalty: None,
             constraints: None,
             force_words_ids: None,
+            force_words: None,
             penalty_alpha: None,
             dola_layers: None,
             prompt_lookup_num_tokens: None,
@@ -178,8 +180,13 @@ impl Strategy {
         let num_beams = count(config.num_beams, 1);
         let num_beam_groups = count(config.num_beam_groups, 1);
         let (penalty_alpha, top_k) = (config.penalty_alpha.unwrap_or(0.0), count(config.top_k, 0));
-        if config.constraints.is_some() || config.force_words_ids.is_some() {
-            return Self::ConstrainedBeam { num_beams, force_words_ids: config.force_words_ids.clone().unwrap_or_default() };
+        if config.constraints.is_some() || config.force_words_ids.is_some() || config.force_words.is_some() {
+            let (force_words_ids, force_words) = (config.force_words_ids.clone(), config.force_words.clone());
+            return Self::ConstrainedBeam {
+                num_beams,
+                force_words_ids: force_words_ids.unwrap_or_default(),
+                force_words: force_words.unwrap_or_default(),
+            };
         }
         if num_beams != 1 {
             return if num_beam_groups > 1 {
@@ -225,7 +232,11 @@ impl Strategy {
             Self::DiverseBeam { num_beam_groups, diversity_penalty, .. } => {
                 flags.num_beam_groups(num_beam_groups).diversity_penalty(diversity_penalty)
             }
-            Self::ConstrainedBeam { force_words_ids, .. } => flags.force_words_ids(force_words_ids),
+            Self::ConstrainedBeam { force_words_ids, force_words, .. } => GenerationConfig {
+                force_words_ids: (force_words.is_empty() || !force_words_ids.is_empty()).then_some(force_words_ids),
+                force_words: (!force_words.is_empty()).then_some(force_words),
+                ..flags
+            },
             Self::Contrastive { penalty_alpha, top_k } => flags.penalty_alpha(penalty_alpha).top_k(top_k),
             Self::Dola { dola_layers, .. } => flags.dola_layers(dola_layers),
             Self::PromptLookup { prompt_lookup_num_tokens, max_matching_ngram_size, .. } => {
@@ -290,7 +301,7 @@ mod tests {
             "keyword_boost": {"words": ["rain"], "bias": 2.0, "stop": 3}, "penalty_scope": {"last": 64},
             "exponential_decay_length_penalty": [15, 1.6], "eos_token_id": [2, 3], "pad_token_id": -1, "forced_eos_token_id": 2,
             "watermarking_config": {"ngram_len": 5, "keys": [654, -400], "sampling_table_size": 65536}, "compile_config": {"mode": "max-autotune"}, "seed": u64::MAX,
-            "force_words_ids": [[1, 2], [[3], [4, 5]]], "dola_layers": "low",
+            "force_words_ids": [[1, 2], [[3], [4, 5]]], "force_words": ["rain", ["sun", "moon"]], "dola_layers": "low",
             "transformers_version": "4.31.0", "forced_decoder_ids": [[1, 5]], "assistant_model": null, "vendor": {"b": [1, {"a": 2}]},
         });
         let read = config(json.clone());
@@ -408,7 +419,11 @@ mod tests {
         );
         assert_eq!(
             mode(json!({"num_beams": 4, "force_words_ids": [[1, 2]]})),
-            Strategy::ConstrainedBeam { num_beams: 4, force_words_ids: vec![vec![vec![1, 2]]] }
+            Strategy::ConstrainedBeam { num_beams: 4, force_words_ids: vec![vec![vec![1, 2]]], force_words: vec![] }
+        );
+        assert_eq!(
+            mode(json!({"num_beams": 4, "force_words": ["rain"], "penalty_alpha": 0.6})),
+            Strategy::ConstrainedBeam { num_beams: 4, force_words_ids: vec![], force_words: vec!["rain".into()] }
         );
         assert_eq!(mode(json!({"penalty_alpha": 0.6})), Strategy::Contrastive { penalty_alpha: 0.6, top_k: 50 });
         assert_eq!(mode(json!({"penalty_alpha": 0.6, "top_k": 1})), Strategy::Greedy);
@@ -432,7 +447,9 @@ mod tests {
             Strategy::Beam { num_beams: 2 },
             Strategy::BeamSample { num_beams: 2 },
             Strategy::DiverseBeam { num_beams: 4, num_beam_groups: 2, diversity_penalty: 1.0 },
-            Strategy::ConstrainedBeam { num_beams: 2, force_words_ids: vec![vec![vec![1], vec![2, 3]]] },
+            Strategy::ConstrainedBeam { num_beams: 2, force_words_ids: vec![vec![vec![1], vec![2, 3]]], force_words: vec![] },
+            Strategy::ConstrainedBeam { num_beams: 2, force_words_ids: vec![], force_words: vec!["a".into(), ["b", "c"].into()] },
+            Strategy::ConstrainedBeam { num_beams: 2, force_words_ids: vec![], force_words: vec![] },
             Strategy::Contrastive { penalty_alpha: 0.5, top_k: 4 },
             Strategy::Dola { dola_layers: DolaLayers::High, do_sample: true },
             Strategy::PromptLookup { prompt_lookup_num_tokens: 5, max_matching_ngram_size: 3, do_sample: true },

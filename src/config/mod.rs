@@ -148,6 +148,8 @@ fields! {
     constraints: Value,
     /// Phrases that a beam search has to produce: of each entry one alternative.
     force_words_ids: Vec<Vec<Vec<u32>>>,
+    /// The same as strings, each tokenised with a leading space and without; of a list of strings one has to be produced.
+    force_words: Vec<OneOrMany<String>>,
     /// The weight of the degeneration penalty of contrastive search (<https://arxiv.org/abs/2202.06417>).
     penalty_alpha: f64,
     /// The layers that DoLa contrasts with the last one (<https://arxiv.org/abs/2309.03883>).

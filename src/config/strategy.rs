@@ -1,6 +1,6 @@
 //! The modes of generation.
 
-use super::DolaLayers;
+use super::{DolaLayers, OneOrMany};
 use serde::{Deserialize, Serialize};
 
 /// How tokens are searched for.
@@ -35,7 +35,11 @@ pub enum Strategy {
         /// Sequences kept at every step.
         num_beams: usize,
         /// Of each entry one alternative has to be produced.
+        #[serde(default)]
         force_words_ids: Vec<Vec<Vec<u32>>>,
+        /// The same as strings, each tokenised with a leading space and without.
+        #[serde(default)]
+        force_words: Vec<OneOrMany<String>>,
     },
     /// The candidate that is likely and unlike what was said (<https://arxiv.org/abs/2202.06417>).
     Contrastive {

@@ -165,6 +165,7 @@ serde_fields! {
     (i64, f64): "a list of an integer and a number",
     OneOrMany<i64>: "a token id or a list of token ids",
     OneOrMany<String>: "a string or a list of strings",
+    Vec<OneOrMany<String>>: "a list of phrases, each a string or a list of strings",
     EarlyStopping: "true, false or \"never\"",
     DolaLayers: "\"low\", \"high\" or a list of layers",
     PenaltyScope: "\"all\", \"generated\" or {\"last\": n}",

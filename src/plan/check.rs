@@ -22,11 +22,12 @@ fn built(strategy: &Strategy) -> bool {
         | Strategy::Beam { .. }
         | Strategy::BeamSample { .. }
         | Strategy::DiverseBeam { .. }
+        | Strategy::ConstrainedBeam { .. }
         | Strategy::Contrastive { .. }
         | Strategy::Dola { .. }
         | Strategy::PromptLookup { .. }
         | Strategy::Assisted { drafts: Drafts::Assistant, .. } => true,
-        Strategy::ConstrainedBeam { .. } | Strategy::Assisted { .. } => false,
+        Strategy::Assisted { .. } => false,
     }
 }
 

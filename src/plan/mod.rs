@@ -3,6 +3,7 @@
 mod chain;
 mod check;
 mod explain;
+mod force;
 mod merge;
 
 pub use explain::{Explanation, Setting};
@@ -38,6 +39,8 @@ pub struct Plan {
     pub shaping: usize,
     /// Where drafts come from, in the modes that have them.
     pub draft: Option<Draft>,
+    /// What a constrained beam search has to produce: of each entry one alternative, those of `force_words_ids` first.
+    pub phrases: Vec<Vec<Vec<u32>>>,
     /// Names the keywords of `keyword_boost`, in the order of its processor.
     pub keywords: Option<Keywords>,
     /// When a row ends by its length.
@@ -216,6 +219,7 @@ impl Plan {
             strategy: merged.strategy.clone(),
             shaping,
             draft: check.draft(),
+            phrases: check.phrases(&eos),
             keywords,
             draw: check.draw(),
             length: check.length(),

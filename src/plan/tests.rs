@@ -396,7 +396,6 @@ fn what_the_reference_accepts_is_accepted_and_shown() {
 #[test]
 fn what_is_not_built_yet_is_unsupported_and_named() {
     for (name, json) in [
-        ("constrained_beam", json!({"num_beams": 2, "force_words_ids": [[1]]})),
         ("assisted", json!({"assistant_early_exit": 2})),
         ("tells no layers", json!({"dola_layers": "high"})),
         ("guidance_scale with contrastive", json!({"guidance_scale": 1.5, "penalty_alpha": 0.5})),

@@ -3,6 +3,7 @@
 use super::{
     Search, Turn,
     group::{Ground, Group, Rules},
+    phrases::{Forced, check_room},
 };
 use crate::{
     config::Strategy,
@@ -40,7 +41,7 @@ impl Search for Beam {
             let logits = &logits[from..][..rows.len() * vocab_size];
             from += logits.len();
             let index = rows[0].prompt;
-            let mut prompt = self.prompts.remove(&index).unwrap_or_else(|| Prompt::new(turn.plan));
+            let mut prompt = self.prompts.remove(&index).unwrap_or_else(|| Prompt::new(turn.plan, &rows[0]));
             let live = prompt.step(rows, logits, turn.plan, turn.started)?;
             if turn.plan.record.trace {
                 self.tree.push(prompt.groups.iter_mut().flat_map(|group| mem::take(&mut group.grown)).collect());
@@ -59,6 +60,10 @@ impl Search for Beam {
     // HF: there it begins as `num_beams` equal rows, of which all but the first have the score -1e9 and never win.
     fn width(&self, _: &Plan) -> usize {
         1
+    }
+
+    fn check(&self, tokens: &[u32], plan: &Plan) -> Result<()> {
+        check_room(tokens, plan)
     }
 
     /// The best sequence comes as it becomes certain; the others come whole, when the prompt is done.
@@ -81,7 +86,7 @@ impl Search for Beam {
     fn cancel(&mut self, rows: &mut Vec<Row>, plan: &Plan) -> Result<()> {
         for mut live in by_prompt(mem::take(rows)) {
             live.iter_mut().try_for_each(|row| row.end(FinishReason::Cancelled))?;
-            let mut prompt = self.prompts.remove(&live[0].prompt).unwrap_or_else(|| Prompt::new(plan));
+            let mut prompt = self.prompts.remove(&live[0].prompt).unwrap_or_else(|| Prompt::new(plan, &live[0]));
             let mut live = live.into_iter();
             prompt.groups.iter_mut().for_each(|group| group.close(&mut live, plan));
             rows.extend(prompt.finished()?);
@@ -91,14 +96,16 @@ impl Search for Beam {
 }
 
 impl Prompt {
-    fn new(plan: &Plan) -> Self {
+    /// `row` is the prompt.
+    fn new(plan: &Plan, row: &Row) -> Self {
         let (groups, rules) = match plan.strategy {
             Strategy::DiverseBeam { num_beam_groups, .. } => (num_beam_groups, Rules::Scored),
+            Strategy::ConstrainedBeam { .. } => (1, Rules::Scored),
             _ => (1, Rules::Ranked),
         };
         let size = plan.strategy.num_beams() / groups.max(1);
         Self {
-            groups: (0..groups).map(|group| Group::new(size, group * size, rules)).collect(),
+            groups: (0..groups).map(|group| Group::new(size, group * size, rules, Forced::new(plan, row))).collect(),
             shown: Shown::default(),
             num_return_sequences: plan.num_return_sequences,
         }

@@ -1,6 +1,9 @@
 //! A group of beams that compete with each other: its candidates, which of them become beams, and when it is done.
 
-use super::hypotheses::{Hypotheses, penalised};
+use super::{
+    hypotheses::{Hypotheses, penalised},
+    phrases::{Forced, Progress},
+};
 use crate::{
     config::{EarlyStopping, Strategy},
     error::{Error, Result},
@@ -21,6 +24,7 @@ pub(super) struct Group {
     /// The beams' scores, sums of log-probabilities, best first; none once the group is done.
     scores: Vec<f32>,
     kept: Hypotheses,
+    forced: Option<Forced>,
     /// Why beams could not go on.
     stuck: Option<Error>,
     /// What the last step brought forth, if that is inspected.
@@ -36,6 +40,14 @@ pub(super) enum Rules {
     /// Its scorers before: beams that end by length or time alone are kept whatever their rank, unless the group is done. It is done
     /// when the best candidate, even one that ended, does not beat what is kept.
     Scored,
+}
+
+/// A row that ended with a step.
+struct Ended {
+    row: Row,
+    score: f32,
+    /// Whether it has all forced phrases.
+    complete: bool,
 }
 
 /// What the groups of a prompt work with during one step.
@@ -55,17 +67,17 @@ pub(super) struct Ground<'a> {
 
 /// A token that may continue a beam.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Candidate {
-    beam: usize,
-    token: u32,
-    score: f32,
+pub(super) struct Candidate {
+    pub beam: usize,
+    pub token: u32,
+    pub score: f32,
     /// Its place in the order of scores, or of draws.
-    rank: usize,
+    pub rank: usize,
 }
 
 impl Group {
-    pub fn new(size: usize, offset: usize, rules: Rules) -> Self {
-        Self { size, offset, rules, scores: vec![0.0], kept: Hypotheses::default(), stuck: None, grown: Vec::new() }
+    pub fn new(size: usize, offset: usize, rules: Rules, forced: Option<Forced>) -> Self {
+        Self { size, offset, rules, scores: vec![0.0], kept: Hypotheses::default(), forced, stuck: None, grown: Vec::new() }
     }
 
     /// The number of its beams.
@@ -94,9 +106,13 @@ impl Group {
             return Ok(Vec::new());
         }
         let processed = self.process(from, ground)?;
-        let candidates = self.candidates(&processed, from, ground);
+        let mut candidates = self.candidates(&processed, from, ground);
         let best = candidates.first().map(|candidate| candidate.score);
-        let (mut live, mut late) = (Vec::new(), Vec::new());
+        if let Some(forced) = &self.forced {
+            let score = |beam: usize, token: u32| processed[beam * ground.vocab_size + token as usize] + self.scores[beam];
+            candidates = forced.choose(candidates, self.size, plan, score);
+        }
+        let (mut live, mut late, mut broken, mut states) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         self.scores.clear();
         let mut uses = vec![0; self.size];
         candidates.iter().for_each(|candidate| uses[candidate.beam] += 1);
@@ -114,25 +130,37 @@ impl Group {
             // HF: groups look their indices up in the first group's there; here they count all beams of the prompt.
             child.beam_indices.push(self.offset + beam);
             child.push(token, plan, ground.started)?;
+            let state = self.forced.as_ref().map(|forced| forced.after(beam, token));
+            let complete = state.as_ref().is_none_or(Progress::complete);
             match child.finish {
                 None if slots > 0 => {
                     ground.taken.push(token);
                     self.grow(Some(self.offset + live.len()), &child, score, plan);
                     self.scores.push(score);
                     live.push(child);
+                    states.extend(state);
                 }
                 Some(FinishReason::Length | FinishReason::Time) if self.rules == Rules::Scored => {
                     ground.taken.push(token);
-                    late.push((child, score));
+                    late.push(Ended { row: child, score, complete });
                 }
-                Some(_) if rank < self.size => self.keep(child, score, plan),
+                // HF: what ends without all phrases is dropped.
+                Some(_) if rank < self.size && complete => self.keep(child, score, plan),
+                Some(_) if rank < self.size => broken.push(Ended { row: child, score, complete }),
                 _ => {}
             }
         }
-        if self.done(best, live.first().or(late.first().map(|(row, _)| row)), plan) {
+        if let Some(forced) = &mut self.forced {
+            forced.go_on(states);
+        }
+        if live.is_empty() && late.is_empty() && self.kept.rows().is_empty() {
+            // HF: where the end is forced on beams that lack a phrase, they go on with forbidden tokens there.
+            late = broken;
+        }
+        if self.done(best, live.first().or(late.first().map(|ended| &ended.row)), plan) {
             live.clear();
         } else {
-            late.into_iter().for_each(|(row, score)| self.keep(row, score, plan));
+            self.keep_late(late, plan);
         }
         if live.is_empty() {
             self.scores.clear();
@@ -142,10 +170,18 @@ impl Group {
 
     /// Ends its beams, the next of `rows`, as they are.
     pub fn close(&mut self, rows: &mut impl Iterator<Item = Row>, plan: &Plan) {
-        for score in mem::take(&mut self.scores) {
-            if let Some(row) = rows.next() {
-                self.keep(row, score, plan);
-            }
+        let scores = mem::take(&mut self.scores).into_iter().enumerate();
+        let complete = |beam| self.forced.as_ref().is_none_or(|forced| forced.complete(beam));
+        let late = scores.zip(rows).map(|((beam, score), row)| Ended { row, score, complete: complete(beam) }).collect();
+        self.keep_late(late, plan);
+    }
+
+    // HF: where fewer than `num_return_sequences` of the last beams have all phrases, those that lack some compete too, and may win
+    // over sequences that ended before with all of them.
+    fn keep_late(&mut self, late: Vec<Ended>, plan: &Plan) {
+        let enough = late.iter().filter(|ended| ended.complete).count() >= plan.num_return_sequences;
+        for Ended { row, score, .. } in late.into_iter().filter(|ended| ended.complete || !enough) {
+            self.keep(row, score, plan);
         }
     }
 

@@ -6,6 +6,7 @@ mod dola;
 mod draft;
 mod group;
 mod hypotheses;
+mod phrases;
 mod single;
 mod speculative;
 
@@ -30,6 +31,11 @@ pub trait Search: Send {
     /// Rows that a prompt begins with: forks of one computed prompt, numbered one after another.
     fn width(&self, plan: &Plan) -> usize {
         plan.num_return_sequences
+    }
+
+    /// Whether a row that begins with `tokens` can be searched. Asked before anything is computed.
+    fn check(&self, _tokens: &[u32], _plan: &Plan) -> Result<()> {
+        Ok(())
     }
 
     /// What the passes over all but the last tokens of prompts return.
@@ -82,7 +88,9 @@ pub fn new(plan: &Plan) -> Result<Box<dyn Search>> {
         Strategy::Sample => Ok(Box::new(single::Single::Sample)),
         Strategy::Contrastive { penalty_alpha, top_k } => Ok(Box::new(contrastive::Contrastive::new(*penalty_alpha, *top_k))),
         Strategy::Dola { dola_layers, do_sample } => Ok(Box::new(dola::Dola::new(dola_layers.clone(), *do_sample))),
-        Strategy::Beam { .. } | Strategy::BeamSample { .. } | Strategy::DiverseBeam { .. } => Ok(Box::new(beam::Beam::default())),
+        Strategy::Beam { .. } | Strategy::BeamSample { .. } | Strategy::DiverseBeam { .. } | Strategy::ConstrainedBeam { .. } => {
+            Ok(Box::new(beam::Beam::default()))
+        }
         other => Err(Error::Unsupported(format!("the mode {} is not built yet", other.name()))),
     }
 }

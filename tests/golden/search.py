@@ -26,6 +26,7 @@ A new mode is a function that yields cases, and its place in MODES.
 import copy
 import json
 import random
+import re
 import sys
 import warnings
 from collections import Counter
@@ -158,10 +159,60 @@ def diverse_beams():
     )
 
 
+def forced_phrases():
+    def forced(name, rows, phrases, fields=None, idle=(), **more):
+        def all_fields(path, prompt):
+            words = phrases(path, prompt) if callable(phrases) else phrases
+            own = fields(path, prompt) if callable(fields) else fields or {}
+            ends = own.get("eos_token_id", [])
+            if any(str(end) in re.findall(r"\d+", str(words)) for end in (ends if isinstance(ends, list) else [ends])):
+                raise Refused("an end within a phrase")
+            return dict(num_beams=4, max_new_tokens=9, num_return_sequences=4, force_words_ids=words) | own
+
+        return Case(f"forced_{name}", rows, all_fields, idle=["num_return_sequences", *idle], **more)
+
+    two = lambda p: [p[2], p[5]]
+
+    yield forced("token", [7], [[50]], dict(num_return_sequences=1))
+    yield forced("phrase", [5, 8], [[50, 61, 72]])
+    yield forced("phrases", [3, 17, 1, 9], [[50], [61, 72], [43, 44]])
+    yield forced("set", [6, 9], [[[50, 61], [72]]])
+    yield forced("set_with_one_head", [6, 4], [[[50, 61, 72], [50, 43], [50, 61, 44, 45]], [72]])
+    yield forced("sets", [6, 4], [[[50, 61], [72]], [43, 44], [[45, 46, 47], [48]]], dict(max_new_tokens=12))
+    yield forced("same_token_again", [6, 4], [[50, 50], [61, 50, 61]])
+    yield forced("same_phrase_twice", [6], [[50], [50]])
+    yield forced("said_anyway", [6, 4], lambda p, _: [[p[2], p[3]], [50]])
+    yield forced("begun_by_the_prompt", [6], lambda _, ids: [[ids[-1], 50, 61]])
+    yield forced("said_by_the_prompt", [6], lambda _, ids: [[ids[0], ids[1]], [50, 61]])
+    yield forced("no_room", [6, 4], [[50, 61], [72, 43], [44, 45]], dict(max_new_tokens=4))
+    yield forced("little_room", [6, 4], [[50, 61], [72]], dict(max_new_tokens=3, num_return_sequences=2))
+    yield forced("two_beams", [5, 8], [[50, 61]], dict(num_beams=2, num_return_sequences=2))
+    yield forced("seven_beams", [5], [[50, 61], [[72], [43, 44]]], dict(num_beams=7, num_return_sequences=7))
+    yield forced("eos", [6, 3], [[50]], lambda p, _: dict(eos_token_id=p[4]))
+    yield forced("eos_list", [6, 9], [[50, 61]], lambda p, _: dict(eos_token_id=[*two(p), p[7]], max_new_tokens=12))
+    for early_stopping in [False, True, "never"]:
+        for length_penalty in [0.0, -1.0, 2.0]:
+            yield forced(
+                f"early_stopping_{early_stopping}_length_penalty_{length_penalty}".lower(),
+                [6, 4],
+                [[50], [[61], [72, 43]]],
+                lambda p, _: dict(eos_token_id=two(p), early_stopping=early_stopping, length_penalty=length_penalty, max_new_tokens=12),
+                idle=["early_stopping"],
+            )
+    yield forced(
+        "processed",
+        [6],
+        [[50, 61], [72]],
+        lambda p, _: dict(sequence_bias=[[[p[1]], -3.0]], repetition_penalty=1.4, min_new_tokens=6, eos_token_id=two(p), max_new_tokens=12),
+        idle=["min_new_tokens"],
+    )
+    yield forced("no_repeat_ngram_size", [6], [[50, 61], [72]], dict(no_repeat_ngram_size=2, max_new_tokens=12), alphabet=4)
+
+
 # By version and file.
 MODES = {
     "5.23.0": {"search.jsonl": [beams], "guidance.jsonl": [guidance]},
-    "4.55.4": {"search-4.55.4.jsonl": [diverse_beams], "contrasts-4.55.4.jsonl": [contrastive, dola]},
+    "4.55.4": {"search-4.55.4.jsonl": [diverse_beams, forced_phrases], "contrasts-4.55.4.jsonl": [contrastive, dola]},
 }
 
 # 4.55.4 finds no layer in the lower half of three with a tied head, and fails.
@@ -224,7 +275,7 @@ def record(oracle, folder, case):
             found = checked(oracle, case, prompts, fields)
             print(f"{folder}/{case.name}: prompt {attempt}", flush=True)
             return line(case, fields, found)
-        except (Refused, ValueError) as refused:  # ValueError: the oracle's own
+        except (Refused, ValueError, RuntimeError) as refused:  # the last two: the oracle's own
             refusals[str(refused)] += 1
     raise SystemExit(f"{folder}/{case.name}: no prompt will do: {refusals}")
 
