@@ -130,7 +130,8 @@ fn states_do_not_depend_on_how_they_were_computed() {
             forward.hidden.into_host().unwrap()
         };
         let whole = hidden(&mut case.start(Room::Grow), &IDS);
-        assert_eq!(whole.len(), IDS.len() * 32, "{}", case.name);
+        let width = whole.len() / IDS.len();
+        assert!(width > 1 && whole.len() == IDS.len() * width, "{}: {} numbers", case.name, whole.len());
         for chunk in [1, 2, 5] {
             let mut cache = case.start(Room::Grow);
             let chunks: Vec<f32> = IDS.chunks(chunk).flat_map(|ids| hidden(&mut cache, ids)).collect();
@@ -140,7 +141,7 @@ fn states_do_not_depend_on_how_they_were_computed() {
         case.feed(&mut two, &IDS[..4], Want::Nothing);
         let mut feeds = [Feed { tokens: &IDS[..3], cache: &mut *one }, Feed { tokens: &IDS[4..], cache: &mut *two }];
         let forward = case.model.forward(&mut feeds, Want::Hidden).unwrap();
-        case.same(&forward.hidden.into_host().unwrap(), &[&whole[..3 * 32], &whole[4 * 32..]].concat());
+        case.same(&forward.hidden.into_host().unwrap(), &[&whole[..3 * width], &whole[4 * width..]].concat());
         case.same(&forward.logits.into_host().unwrap(), &[case.last(&IDS[..3]), case.last(&IDS)].concat());
     }
 }
