@@ -390,7 +390,7 @@ mod tests {
         let norm = Norm { kind: NormKind::RmsOnce, weight: ops().vector(&[1.0, 2.0, 3.0, 4.0]).unwrap(), bias: None, eps: 0.5 };
         let x = act(&[9.0, 1.0, 3.0, -2.0, 2.0, 7.0], 6);
         let found = values(ops().norm_part(&norm, x.clone(), 1, 2).unwrap());
-        close(&found, &[9.0, 0.4264014, 2.5584085, -2.8284271, 3.771236, 7.0]);
+        close(&found, &[9.0, 0.4264014, 2.5584085, -2.828_427, 3.771236, 7.0]);
         // The four together: a root of 4.5 + 0.5.
         let found = values(ops().norm_part(&norm, x, 1, 4).unwrap());
         close(&found, &[9.0, 0.4472136, 2.6832816, -2.6832816, 3.5777088, 7.0]);

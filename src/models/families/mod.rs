@@ -245,7 +245,7 @@ mod tests {
         refused("smollm3", json!({"no_rope_layers": [1]}), reason);
         assert_eq!(turns(&with("gemma3_text", json!({})).unwrap()), [Some(1), Some(0), Some(1)]);
         // Full attention: a base of a million, a quarter of the speed; windows: a base of ten thousand.
-        let (full, sliding) = (vec![0.25, 0.0079056945, 0.00025, 7.905694e-6], vec![1.0, 0.1, 0.01, 0.001]);
+        let (full, sliding) = (vec![0.25, 0.007_905_695, 0.00025, 7.905694e-6], vec![1.0, 0.1, 0.01, 0.001]);
         assert_eq!(pairs(&with("gemma3_text", json!({})).unwrap()), [full.clone(), sliding.clone()]);
         let parameters = json!({
             "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
