@@ -14,9 +14,10 @@ lint:
 bench *args:
     cargo bench --bench generate --bench logits -- {{args}}
 
-# Makes the golden folders anew; needs Python with the versions that the script pins
+# Makes the golden folders anew; needs Python with the versions that the scripts pin, search.py one after another
 golden:
     python tests/golden/make.py
+    python tests/golden/search.py
 
 # All that CI does
 ci:

@@ -58,7 +58,8 @@ impl Draw {
                 bind(scores, bound);
                 let token = sample(scores, u)?;
                 if let (Some(row), Some(&score)) = (Softmax::of(scores), scores.get(token as usize)) {
-                    surprise.bound = Some(bound - eta * (bits(&row, score) - tau));
+                    // Finite whatever `eta` is: infinities would cancel to no bound at all.
+                    surprise.bound = Some((bound - eta * (bits(&row, score) - tau)).clamp(f32::MIN, f32::MAX));
                 }
                 Some(token)
             }
@@ -149,6 +150,11 @@ mod tests {
         assert_eq!(scores.iter().filter(|&&score| score > -INF).count(), 2);
         let expected = [2.0 - 0.5 * (1.5f32.log2() - 1.0), 2.0 - 0.5 * (3f32.log2() - 1.0)][token as usize];
         assert!((surprise.bound.unwrap() - expected).abs() < 1e-5, "{surprise:?}");
+        let wild = Draw::Mirostat { tau: 1.0, eta: f32::MAX };
+        for step in 0..9 {
+            wild.draw(&mut logs(&[0.9, 0.1]), 3, step, &mut surprise).unwrap();
+            assert!(surprise.bound.unwrap().is_finite());
+        }
         let mut scores = logs(&[0.5, 0.5]);
         bind(&mut scores, -3.0);
         assert_eq!(scores.iter().filter(|&&score| score > -INF).count(), 2, "the most likely stay whatever the bound");

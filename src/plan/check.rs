@@ -263,6 +263,7 @@ impl<'a> Check<'a> {
             _ if other.is_encoder_decoder && !own.is_encoder_decoder => {
                 "it has an encoder, which this model has not; accepted is a decoder-only model".to_owned()
             }
+            _ if other.vocab_size == 0 => "it has no logits; accepted is a model with a vocabulary".to_owned(),
             (Some(own), Some(other)) if own.same_vocabulary(other) => return,
             (Some(_), Some(_)) => "its tokenizer has another vocabulary; accepted is a model with the same".to_owned(),
             _ if own.vocab_size == other.vocab_size => return,
