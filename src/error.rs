@@ -61,9 +61,12 @@ pub enum Error {
     /// A progress callback asked to stop.
     #[error("cancelled by the progress callback")]
     Cancelled,
+    /// The device has no memory left. The call has ended and given back what it held, so that another can follow.
+    #[error("the device is out of memory; fewer prompts at once, fewer tokens or a memory_limit may fit: {0}")]
+    OutOfMemory(#[source] candle_core::Error),
     /// A tensor operation failed.
     #[error("tensor: {0}")]
-    Tensor(#[from] candle_core::Error),
+    Tensor(#[source] candle_core::Error),
 }
 
 /// One field of a config that cannot be honoured.
@@ -99,8 +102,20 @@ impl Error {
             Self::Unsupported(_) => "unsupported",
             Self::Memory { .. } => "memory",
             Self::Cancelled => "cancelled",
+            Self::OutOfMemory(_) => "out_of_memory",
             Self::Tensor(_) => "tensor",
         }
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        // Candle wraps the driver's error, whose type only a build for that driver knows; its words are the same everywhere.
+        let text = error.to_string();
+        if ["OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED"].iter().any(|words| text.contains(words)) {
+            return Self::OutOfMemory(error);
+        }
+        Self::Tensor(error)
     }
 }
 

@@ -51,6 +51,7 @@
 
 mod cache;
 pub mod config;
+mod device;
 mod error;
 mod generator;
 mod heal;
@@ -74,6 +75,7 @@ mod trace;
 /// The tensor library, in the version that this crate is built on.
 pub use candle_core;
 pub use config::{Assistant, GenerationConfig, Strategy};
+pub use device::device;
 pub use error::{Error, Problem, Result};
 pub use generator::{Builder, Generator};
 pub use logits::{History, LogitsProcessor};

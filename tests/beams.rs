@@ -6,11 +6,7 @@ use candle_generate::{
     Sequence, Start, Strategy, Values, Want, config::EarlyStopping, model::downcast,
 };
 use proptest::prelude::*;
-use std::{
-    collections::HashMap,
-    path::{Path, PathBuf},
-    sync::LazyLock,
-};
+use std::{collections::HashMap, path::PathBuf, sync::LazyLock};
 
 const FAMILIES: [&str; 4] = ["gpt2", "llama", "qwen2", "gemma2"];
 
@@ -18,7 +14,7 @@ static GENERATORS: LazyLock<Vec<Generator>> =
     LazyLock::new(|| FAMILIES.map(|family| Generator::from_pretrained(folder(&format!("tests/golden/{family}"))).unwrap()).into());
 
 fn folder(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+    PathBuf::from(path)
 }
 
 fn storyteller() -> Generator {

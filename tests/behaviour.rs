@@ -6,7 +6,7 @@ use candle_generate::{
 };
 use std::{
     ops::ControlFlow,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, LazyLock, Mutex},
     time::Duration,
 };
@@ -16,7 +16,7 @@ const PROMPT: &str = "Once upon a time";
 static STORYTELLER: LazyLock<Generator> = LazyLock::new(|| Generator::from_pretrained(folder()).unwrap());
 
 fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/storyteller")
+    PathBuf::from("examples/models/storyteller")
 }
 
 fn greedy(tokens: usize) -> GenerationConfig {

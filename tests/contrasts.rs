@@ -11,7 +11,7 @@ const FAMILIES: [&str; 4] = ["gpt2", "llama", "qwen2", "gemma2"];
 const LENGTHS: [usize; 4] = [5, 21, 1, 9];
 
 fn generator(family: &str) -> Generator {
-    Generator::from_pretrained(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(family)).unwrap()
+    Generator::from_pretrained(Path::new("tests/golden").join(family)).unwrap()
 }
 
 fn generators() -> impl Iterator<Item = (&'static str, Generator)> {
@@ -150,7 +150,7 @@ fn contrastive_search_chooses_no_forbidden_token() {
 
 #[test]
 fn prompts_that_wait_get_the_same_states() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/gpt2");
+    let folder = Path::new("tests/golden/gpt2");
     let (all, parts) = (generator("gpt2"), Generator::builder(folder).batch_tokens(30).load().unwrap());
     for config in [contrastive(0.6, 3), guided(GenerationConfig::greedy(), 2.0).negative_prompt([7, 8, 9])] {
         let config = config.output_logits(true);
@@ -200,7 +200,7 @@ fn guided_forks_are_fresh_rows() {
 
 #[test]
 fn text_leads_away_as_its_ids_do() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/storyteller");
+    let folder = Path::new("examples/models/storyteller");
     let generator = Generator::from_pretrained(folder).unwrap();
     let config = guided(GenerationConfig::greedy(), 2.0);
     let run = |negative: Prompt| generator.generate("Once upon a time", &config.clone().negative_prompt(negative)).unwrap();
@@ -266,7 +266,7 @@ struct States {
 
 #[test]
 fn states_are_those_of_the_reference() {
-    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/states.json")).unwrap();
+    let text = std::fs::read_to_string(Path::new("tests/golden/states.json")).unwrap();
     let families: HashMap<String, States> = serde_json::from_str(&text).unwrap();
     for (family, generator) in generators() {
         let States { input_ids, hidden, layers } = &families[family];

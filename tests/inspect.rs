@@ -4,7 +4,7 @@ use candle_generate::{GenerationConfig, Generator, Step};
 use std::path::Path;
 
 fn storyteller() -> Generator {
-    Generator::from_pretrained(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/storyteller")).unwrap()
+    Generator::from_pretrained(Path::new("examples/models/storyteller")).unwrap()
 }
 
 fn effect<'a>(step: &'a Step, processor: &str) -> &'a candle_generate::Effect {

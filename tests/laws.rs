@@ -1,24 +1,19 @@
 //! The laws: what a row is must not depend on how it was computed. On the CPU in f32 they hold bit for bit.
 
-use candle_generate::{CancelToken, FinishReason, GenerationConfig, Generator, Kernels, Output, Sequence};
+mod common;
+
+use candle_generate::{CancelToken, FinishReason, GenerationConfig, Generator, Kernels, Output, candle_core::DType};
+use common::{STORYTELLER, agree, golden};
 use proptest::prelude::*;
-use std::{
-    path::{Path, PathBuf},
-    sync::LazyLock,
-};
+use std::sync::LazyLock;
 
 /// The families, each with a checkpoint of random weights.
 const FAMILIES: [&str; 4] = ["gpt2", "llama", "qwen2", "gemma2"];
 
-static GENERATORS: LazyLock<Vec<Generator>> =
-    LazyLock::new(|| FAMILIES.map(|family| Generator::from_pretrained(folder(family)).unwrap()).into());
-
-fn folder(family: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(family)
-}
+static GENERATORS: LazyLock<Vec<Generator>> = LazyLock::new(|| FAMILIES.map(|family| common::load(golden(family))).into());
 
 fn storyteller() -> Generator {
-    Generator::from_pretrained(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/storyteller")).unwrap()
+    common::load(STORYTELLER)
 }
 
 /// Prompts of a shape: each row's ids follow from its length and the seed.
@@ -31,24 +26,18 @@ fn prompts(lengths: &[usize], seed: u64) -> Vec<Vec<u32>> {
 }
 
 fn base(sample: bool, tokens: usize) -> GenerationConfig {
-    let config = if sample { GenerationConfig::sampling().temperature(1.3).top_k(20) } else { GenerationConfig::greedy() };
-    config.max_new_tokens(tokens).min_new_tokens(3).repetition_penalty(1.1).seed(7).output_logits(true)
-}
-
-fn same(left: &Sequence, right: &Sequence, law: &str) {
-    assert_eq!(left.tokens, right.tokens, "{law}: tokens of row {}", left.row);
-    assert_eq!(left.finish, right.finish, "{law}: finish of row {}", left.row);
-    assert_eq!(left.text, right.text, "{law}: text of row {}", left.row);
-    let bits = |sequence: &Sequence| -> Vec<Vec<u32>> {
-        sequence.logits.iter().flatten().map(|step| step.iter().map(|logit| logit.to_bits()).collect()).collect()
+    // What is drawn where two shares meet depends on their rounding, and in half precision they often do.
+    let config = if sample && common::dtype() == DType::F32 {
+        GenerationConfig::sampling().temperature(1.3).top_k(20)
+    } else {
+        GenerationConfig::greedy()
     };
-    assert!(!bits(left).is_empty(), "{law}: logits were asked for");
-    assert!(bits(left) == bits(right), "{law}: bits of the logits of row {}", left.row);
+    config.max_new_tokens(tokens).min_new_tokens(3).repetition_penalty(1.1).seed(7).output_logits(true)
 }
 
 fn all_same(left: &Output, right: &Output, law: &str) {
     assert_eq!(left.sequences.len(), right.sequences.len());
-    left.sequences.iter().zip(&right.sequences).for_each(|(left, right)| same(left, right, law));
+    left.sequences.iter().zip(&right.sequences).for_each(|(left, right)| agree(left, right, law));
 }
 
 proptest! {
@@ -69,7 +58,7 @@ proptest! {
         for (row, prompt) in batch.sequences.iter().zip(prompts) {
             let config = row.seed.map_or(config.clone(), |seed| config.clone().seed(seed));
             let alone = generator.generate(prompt, &config).unwrap();
-            same(row, &alone.sequences[0], "batched = alone");
+            agree(row, &alone.sequences[0], "batched = alone");
         }
     }
 
@@ -82,7 +71,7 @@ proptest! {
         prop_assert_eq!(forks.sequences.len(), 4);
         for fork in &forks.sequences {
             let fresh = generator.generate(prompt.clone(), &config.clone().seed(fork.seed.unwrap())).unwrap();
-            same(fork, &fresh.sequences[0], "a fork = fresh");
+            agree(fork, &fresh.sequences[0], "a fork = fresh");
         }
     }
 
@@ -92,7 +81,7 @@ proptest! {
         let prompt = prompts(&[len], seed).remove(0);
         let greedy = generator.generate(prompt.clone(), &base(false, 16)).unwrap();
         let sampled = generator.generate(prompt, &base(true, 16).top_k(1).temperature(0.7).seed(seed)).unwrap();
-        same(&greedy.sequences[0], &sampled.sequences[0], "top_k(1) = greedy");
+        agree(&greedy.sequences[0], &sampled.sequences[0], "top_k(1) = greedy");
     }
 
     #[test]
@@ -100,7 +89,7 @@ proptest! {
         let prompts = prompts(&lengths, seed);
         let config = base(true, 8).num_return_sequences(2);
         let whole = GENERATORS[family].generate_batch(prompts.clone(), &config).unwrap();
-        let small = Generator::builder(folder(FAMILIES[family])).batch_tokens(100).load().unwrap();
+        let small = common::builder(golden(FAMILIES[family])).batch_tokens(100).load().unwrap();
         all_same(&whole, &small.generate_batch(prompts, &config).unwrap(), "parts = whole");
     }
 }
@@ -172,9 +161,13 @@ fn sixteen_threads_give_what_each_gives_alone() {
 
 #[test]
 fn the_twin_in_candle_operations_agrees() {
+    if common::dtype() != DType::F32 {
+        println!("skipped: in half precision the golden suite compares with f32");
+        return;
+    }
     let (mut steps, mut ties) = (0, 0);
     for (family, fast) in FAMILIES.iter().zip(GENERATORS.iter()) {
-        let twin = Generator::builder(folder(family)).kernels(Kernels::Candle).load().unwrap();
+        let twin = Generator::builder(golden(family)).kernels(Kernels::Candle).load().unwrap();
         let prompts = prompts(&[1, 5, 20, 33], 5);
         let config = base(false, 24).output_scores(true);
         let fast = fast.generate_batch(prompts.clone(), &config).unwrap();

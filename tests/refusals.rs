@@ -10,11 +10,11 @@ use std::{
 };
 
 fn golden(family: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(family)
+    Path::new("tests/golden").join(family)
 }
 
 fn folder_of_the_storyteller() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/storyteller")
+    PathBuf::from("examples/models/storyteller")
 }
 
 fn generator(family: &str) -> Generator {

@@ -8,7 +8,7 @@ use std::{
 /// The rooms, lowest first. Those of one floor may import each other.
 const FLOORS: [&[&str]; 10] = [
     &["error", "progress"],
-    &["model", "cache", "logits", "text", "trace", "output", "hub", "kernels"],
+    &["device", "model", "cache", "logits", "text", "trace", "output", "hub", "kernels"],
     &["stop", "constrain", "models"],
     &["config"],
     &["plan", "memory"],
@@ -97,7 +97,7 @@ fn room_of(path: &Path) -> &str {
 }
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
+    PathBuf::from("src")
 }
 
 /// The files under src, by their path in it, without lib.rs (which may see everything) and tests.

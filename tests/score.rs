@@ -13,11 +13,11 @@ use std::{
 const FAMILIES: [&str; 4] = ["gpt2", "llama", "qwen2", "gemma2"];
 
 fn folder(family: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(family)
+    Path::new("tests/golden").join(family)
 }
 
 fn storyteller() -> Generator {
-    Generator::from_pretrained(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/storyteller")).unwrap()
+    Generator::from_pretrained(Path::new("examples/models/storyteller")).unwrap()
 }
 
 /// Ids below 100 without a pattern.
@@ -126,7 +126,7 @@ fn batches_parts_and_chunks_give_the_same_bits() {
             assert_eq!(bits(score), bits(&generator.score(prompt, [continuation]).unwrap()[0]), "batch = alone");
         }
     }
-    let small = Generator::builder(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/storyteller"))
+    let small = Generator::builder(Path::new("examples/models/storyteller"))
         .batch_tokens(1)
         .memory_limit(generator.model().info().weight_bytes + 704 * generator.model().info().position_bytes);
     assert_eq!(small.load().unwrap().score_batch(tasks).unwrap(), batch, "within limits = without");
@@ -165,7 +165,7 @@ fn long_work_reports_and_can_be_cancelled() {
         record.lock().unwrap().push((progress.done, progress.total));
         if progress.done > 800 && progress.total < 2_000 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/storyteller");
+    let folder = Path::new("examples/models/storyteller");
     let generator = Generator::builder(folder).progress(progress).load().unwrap();
     seen.lock().unwrap().clear();
     assert!(matches!(generator.score(ids(500), [ids(400), ids(400)]), Err(Error::Cancelled)));

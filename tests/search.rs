@@ -1,6 +1,8 @@
 //! What transformers' searches find is what this crate's find: the lines that golden/search.py wrote beside the checkpoints.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod common;
+
 use candle_generate::{FinishReason, GenerationConfig, Generator, Output, Prompt, Sequence};
 use serde::Deserialize;
 use serde_json::Value;
@@ -54,8 +56,8 @@ fn gemma2() {
 
 /// Runs every case, as a batch and each prompt alone.
 fn run_folder(name: &str, files: &[&str]) {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
-    let generator = Generator::from_pretrained(&folder).unwrap();
+    let folder = Path::new("tests/golden").join(name);
+    let generator = common::load(&folder);
     let (mut count, mut wrong) = (0, Vec::new());
     for &file in files {
         for line in fs::read_to_string(folder.join(file)).unwrap().lines() {

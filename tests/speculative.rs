@@ -10,11 +10,10 @@ use std::{
 };
 
 static LLAMA: LazyLock<Generator> = LazyLock::new(|| Generator::from_pretrained(folder("llama")).unwrap());
-static STORYTELLER: LazyLock<Generator> =
-    LazyLock::new(|| Generator::from_pretrained(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/storyteller")).unwrap());
+static STORYTELLER: LazyLock<Generator> = LazyLock::new(|| Generator::from_pretrained(Path::new("examples/models/storyteller")).unwrap());
 
 fn folder(family: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(family)
+    Path::new("tests/golden").join(family)
 }
 
 /// Prompts of unequal lengths that repeat themselves.
@@ -228,7 +227,7 @@ fn what_cannot_be_drafted_with_is_refused() {
     refused(assisted().num_assistant_tokens_schedule("sometimes"), "num_assistant_tokens_schedule");
     refused(assisted().assistant_confidence_threshold(1.5), "assistant_confidence_threshold");
     refused(assisted().use_cache(false), "use_cache");
-    let dates = Tokenizer::from_folder(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/date-normaliser")).unwrap();
+    let dates = Tokenizer::from_folder(Path::new("examples/models/date-normaliser")).unwrap();
     refused(
         GenerationConfig::greedy().assistant_model(Assistant { tokenizer: dates, ..Assistant::from(&*STORYTELLER) }),
         "assistant_model",

@@ -12,7 +12,7 @@ struct Line {
 }
 
 fn check(name: &str, lines: usize) -> Tokenizer {
-    let folder: PathBuf = [env!("CARGO_MANIFEST_DIR"), "tests/tokenizers", name].iter().collect();
+    let folder: PathBuf = ["tests/tokenizers", name].iter().collect();
     let tokenizer = Tokenizer::from_folder(&folder).unwrap().unwrap();
     let file = fs::read_to_string(folder.join("lines.jsonl")).unwrap();
     assert_eq!(file.lines().count(), lines);

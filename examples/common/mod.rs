@@ -4,6 +4,7 @@ use anyhow::Result;
 use candle_generate::{
     Generator, OnProgress, Stage,
     candle_core::{DType, Device},
+    device,
 };
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -18,10 +19,10 @@ pub struct Source {
     /// A checkpoint folder in Hugging Face's format
     #[arg(long, value_name = "FOLDER", default_value = STORYTELLER)]
     model: PathBuf,
-    /// The type of the arithmetic, whatever type the weights have
-    #[arg(long, value_enum, default_value_t = Arithmetic::F32)]
-    dtype: Arithmetic,
-    /// Where to compute: cpu
+    /// The type of the arithmetic, whatever type the weights have: f32 on the CPU, the checkpoint's elsewhere
+    #[arg(long, value_enum)]
+    dtype: Option<Arithmetic>,
+    /// Where to compute: cpu, or cuda:0 in a build with the feature cuda
     #[arg(long, default_value = "cpu", value_parser = device)]
     device: Device,
 }
@@ -36,12 +37,14 @@ enum Arithmetic {
 impl Source {
     /// Loads the model, with a progress bar on stderr.
     pub fn load(&self) -> Result<Generator> {
-        let dtype = match self.dtype {
-            Arithmetic::F32 => DType::F32,
-            Arithmetic::Bf16 => DType::BF16,
-            Arithmetic::F16 => DType::F16,
-        };
-        Ok(Generator::builder(&self.model).dtype(dtype).device(self.device.clone()).progress(bar()?).load()?)
+        let builder = Generator::builder(&self.model).device(self.device.clone()).progress(bar()?);
+        Ok(match self.dtype {
+            Some(Arithmetic::F32) => builder.dtype(DType::F32),
+            Some(Arithmetic::Bf16) => builder.dtype(DType::BF16),
+            Some(Arithmetic::F16) => builder.dtype(DType::F16),
+            None => builder,
+        }
+        .load()?)
     }
 }
 
@@ -50,14 +53,6 @@ pub fn quiet(result: Result<()>) -> Result<()> {
     match result {
         Err(error) if error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe) => Ok(()),
         other => other,
-    }
-}
-
-fn device(name: &str) -> Result<Device, String> {
-    match name {
-        "cpu" => Ok(Device::Cpu),
-        name if name.starts_with("cuda") => Err("this build has no CUDA; cpu is accepted".into()),
-        _ => Err("cpu is accepted".into()),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::{Activation, Attention, Matrix, Norm, NormKind, Ops, Picks, Rope, Span, Store, StoreShape, route::pick};
 use crate::{
+    device::turn,
     error::{Error, Result},
     model::{Room, Values},
 };
@@ -137,6 +138,10 @@ impl Ops for CandleOps {
     type Vector = Tensor;
     type Angles = Angles;
     type Store = Tensors;
+
+    fn pass<R: Send>(&self, work: impl FnOnce() -> Result<R> + Send) -> Result<R> {
+        turn(&self.device, work)
+    }
 
     fn weight(&self, parts: &[Matrix<'_>], bias: Option<&[f32]>) -> Result<Weight> {
         let part = |part: &Matrix<'_>| -> Result<Tensor> {
@@ -336,14 +341,15 @@ impl Store for Tensors {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::device::tested;
     use crate::kernels::Alibi;
 
     fn ops() -> CandleOps {
-        CandleOps::new(Device::Cpu, DType::F32)
+        CandleOps::new(tested().0, DType::F32)
     }
 
     fn act(values: &[f32], width: usize) -> Tensor {
-        Tensor::from_slice(values, (values.len() / width, width), &Device::Cpu).unwrap()
+        Tensor::from_slice(values, (values.len() / width, width), &tested().0).unwrap()
     }
 
     fn values(x: Tensor) -> Vec<f32> {

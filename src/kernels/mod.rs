@@ -31,7 +31,7 @@ pub(crate) trait Ops: Send + Sync + 'static {
     type Store: Store;
 
     /// Runs a whole pass of operations where they have their threads at hand. Operations work outside of it too, only slower.
-    fn pass<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+    fn pass<R: Send>(&self, work: impl FnOnce() -> Result<R> + Send) -> Result<R> {
         work()
     }
 

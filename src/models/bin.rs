@@ -141,7 +141,7 @@ mod tests {
     use crate::models::pickle::Unpickler;
 
     fn golden(name: &str) -> Vec<u8> {
-        std::fs::read(format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap()
+        std::fs::read(format!("tests/golden/{name}")).unwrap()
     }
 
     const FILES: [&str; 3] = [

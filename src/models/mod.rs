@@ -17,6 +17,7 @@ mod weights;
 
 use crate::{
     cache::{PAGE, Pages},
+    device::turn,
     error::{Error, Result},
     kernels::{candle::CandleOps, cpu::CpuOps},
     model::{Model, ModelInfo},
@@ -90,7 +91,7 @@ fn build(spec: &DecoderSpec, weights: &Weights, dtype: DType, options: &LoadOpti
         _ => {
             let values = 2 * shape.layers * shape.kv_heads * shape.head_dim;
             let info = ModelInfo { position_bytes: (values * dtype.size_in_bytes()) as u64, ..info };
-            Arc::new(Decoder::load(CandleOps::new(device.clone(), dtype), info, spec, weights, progress)?)
+            Arc::new(turn(device, || Decoder::load(CandleOps::new(device.clone(), dtype), info, spec, weights, progress))?)
         }
     })
 }
@@ -106,7 +107,7 @@ mod tests {
     use safetensors::Dtype;
     use std::{ops::ControlFlow, sync::Mutex};
 
-    const STORYTELLER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/models/storyteller");
+    const STORYTELLER: &str = "examples/models/storyteller";
 
     #[derive(serde::Deserialize)]
     struct Reference {

@@ -99,7 +99,7 @@ mod tests {
     use serde_json::{Value, json};
 
     fn storyteller() -> Tokenizer {
-        Tokenizer::from_folder(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/models/storyteller")).unwrap().unwrap()
+        Tokenizer::from_folder("examples/models/storyteller").unwrap().unwrap()
     }
 
     /// A plan of four beams for a model whose end token is 2.

@@ -7,7 +7,7 @@ use crate::{
 };
 use serde_json::{Value, json};
 
-const STORYTELLER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/models/storyteller");
+const STORYTELLER: &str = "examples/models/storyteller";
 
 fn config(json: Value) -> GenerationConfig {
     GenerationConfig::from_json(&json).unwrap()

@@ -128,8 +128,7 @@ mod tests {
     use serde_json::{Value, json};
     use std::sync::LazyLock;
 
-    static BYTE_LEVEL: LazyLock<Tokenizer> =
-        LazyLock::new(|| Tokenizer::from_folder(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/models/storyteller")).unwrap().unwrap());
+    static BYTE_LEVEL: LazyLock<Tokenizer> = LazyLock::new(|| Tokenizer::from_folder("examples/models/storyteller").unwrap().unwrap());
     /// As Llama 2 has it: bytes of unknown characters are tokens, a leading space is stripped from a text.
     static BYTE_FALLBACK: LazyLock<Tokenizer> = LazyLock::new(|| {
         let decoders = json!([
