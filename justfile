@@ -22,3 +22,7 @@ golden:
 # All that CI does
 ci:
     .ci/run
+
+# A folder of test and bench binaries with the feature cuda, and a run.sh for a machine with a GPU
+gpu-build folder="target/gpu":
+    tools/gpu-build.sh {{folder}}
