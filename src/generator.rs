@@ -155,7 +155,7 @@ impl Generator {
     pub fn explain(&self, config: &GenerationConfig) -> Result<Explanation> {
         let plan = self.plan(config)?;
         let info = self.model().info();
-        let memory = Memory::new(&plan, info, 1, 1);
+        let memory = self.reckon(&plan, 1, 1);
         let mut explanation = plan.explanation;
         explanation.notes.push(format!("memory for a prompt of one token: {memory}"));
         explanation.notes.extend(match info.context {
@@ -168,13 +168,14 @@ impl Generator {
 
     /// Bytes that a call would take at its longest, for `prompts` prompts of `prompt_len` tokens.
     pub fn memory(&self, config: &GenerationConfig, prompts: usize, prompt_len: usize) -> Result<Memory> {
-        Ok(Memory::new(&self.plan(config)?, self.model().info(), prompts, prompt_len))
+        Ok(self.reckon(&self.plan(config)?, prompts, prompt_len))
     }
 
     /// How likely each continuation is after the prompt, which is computed once.
     ///
     /// A text continues a text as it stands, without a space between them, and has the tokens that the tokenizer gives it there. Where
-    /// it would change the prompt's own last token, and after ids, it is encoded by itself. No end token is added.
+    /// it would change the prompt's own last token, and after ids, it is encoded by itself. No end token is added. An encoder-decoder
+    /// model reads the prompt as the source of what is scored.
     ///
     /// ```
     /// use candle_generate::Generator;
@@ -201,13 +202,13 @@ impl Generator {
     {
         let plan = self.plan(&GenerationConfig::greedy())?;
         let mut list = Vec::new();
-        for (prompt, continuations) in tasks {
+        for (index, (prompt, continuations)) in tasks.into_iter().enumerate() {
             let prompt = self.written(prompt.into())?;
             let ids = self.fed(&prompt, plan.bos)?;
             let continuations = continuations.into_iter().map(|continuation| self.continued(&prompt, continuation.into()));
             let continuations = continuations.collect::<Result<_>>()?;
-            let (source, prompt) = match plan.decoder_start.first() {
-                Some(&start) => (ids, vec![start]),
+            let (source, prompt) = match plan.begin(index) {
+                Some(begin) => (ids, begin),
                 None => (Vec::new(), ids),
             };
             list.push(Task { source, len: prompt.len(), prompt, continuations });
@@ -296,6 +297,12 @@ impl Generator {
             }
         }
         Ok(plan)
+    }
+
+    fn reckon(&self, plan: &Plan, prompts: usize, prompt_len: usize) -> Memory {
+        let info = self.model().info();
+        let begin = if info.is_encoder_decoder { plan.decoder_input_ids.iter().map(Vec::len).max().unwrap_or(0) + 1 } else { prompt_len };
+        Memory::new(plan, info, prompts, begin, if info.is_encoder_decoder { prompt_len } else { 0 })
     }
 
     // A prompt as it is encoded: conversations are rendered.

@@ -156,6 +156,12 @@ pub struct ModelInfo {
     pub tied: bool,
     /// Whether prompts are encoded by an encoder and generation starts from a decoder start token.
     pub is_encoder_decoder: bool,
+    /// The number of ids that the encoder knows, where there is one.
+    pub source_vocab_size: usize,
+    /// How far the encoder's positions reach.
+    pub source_context: Context,
+    /// Bytes that one position of a source takes in the caches of all rows that read it.
+    pub source_bytes: u64,
     /// The device the weights are on.
     pub device: Device,
     /// The type of the arithmetic, which need not be the type the weights are stored in.
@@ -199,11 +205,28 @@ impl ModelInfo {
             layers: 0,
             tied: false,
             is_encoder_decoder: false,
+            source_vocab_size: vocab_size,
+            source_context: Context::Unlimited,
+            source_bytes: 0,
             device: Device::Cpu,
             dtype: DType::F32,
             weight_bytes: 0,
             position_bytes: 0,
             page: 1,
+        }
+    }
+
+    /// Refuses what the encoder cannot read as the source of prompt `index`.
+    pub(crate) fn check_source(&self, index: usize, source: &[u32]) -> Result<()> {
+        let size = self.source_vocab_size;
+        if let Some(id) = source.iter().find(|&&id| id as usize >= size) {
+            return Err(Error::Prompt(format!("prompt {index} holds the id {id}, the vocabulary has {size}")));
+        }
+        match self.source_context {
+            Context::Hard(limit) if source.len() > limit => {
+                Err(Error::Prompt(format!("prompt {index} has {} tokens, but the encoder has {limit} positions", source.len())))
+            }
+            _ => Ok(()),
         }
     }
 }

@@ -142,7 +142,7 @@ impl Row {
         plan: &Plan,
         tokenizer: Option<&Tokenizer>,
     ) -> Result<Self> {
-        let text = tokenizer.map(|tokenizer| Text::new(tokenizer, if source.is_some() { &[] } else { &tokens }, plan)).transpose()?;
+        let text = tokenizer.map(|tokenizer| Text::new(tokenizer, written(&tokens, source.is_some()), plan)).transpose()?;
         Ok(Self {
             number: 0,
             prompt: 0,
@@ -294,8 +294,8 @@ impl Row {
     pub fn finished(self, plan: &Plan, tokenizer: Option<&Tokenizer>) -> Result<Sequence> {
         let (text, healed) = self.text.map(|text| (text.certain, text.healed)).unwrap_or_default();
         let full_text = match tokenizer {
-            Some(tokenizer) if self.source.is_none() => tokenizer.decode(&self.tokens[..self.prompt_len], true)? + &text[healed..],
-            _ => text.clone(),
+            Some(tokenizer) => tokenizer.decode(written(&self.tokens[..self.prompt_len], self.source.is_some()), true)? + &text[healed..],
+            None => text.clone(),
         };
         let generated = self.tokens[self.prompt_len..].to_vec();
         let keywords = plan
@@ -347,6 +347,11 @@ impl Row {
         }
         Ok(())
     }
+}
+
+/// The part of a prompt that is text: all but an encoder-decoder model's start token.
+fn written(prompt: &[u32], started: bool) -> &[u32] {
+    prompt.get(usize::from(started)..).unwrap_or_default()
 }
 
 /// Records of a row that has ended; copied only while another row still has them.

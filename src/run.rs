@@ -4,7 +4,7 @@ use crate::{
     error::{Error, Result},
     logits::pick,
     memory::{self, Memory},
-    model::{Cache, Context, Feed, Model, Start, Want},
+    model::{Cache, Context, Feed, Model, ModelInfo, Start, Want},
     output::{Output, Piece, Sequence, Timings, Usage},
     plan::{Plan, Seeds},
     prefix::{self, Prefix},
@@ -13,7 +13,12 @@ use crate::{
     search::{self, Search, Turn},
     text::Tokenizer,
 };
-use std::{collections::VecDeque, mem, sync::Arc, time::Instant};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    mem,
+    sync::Arc,
+    time::Instant,
+};
 
 /// Prompt tokens computed in one pass unless the config says otherwise: enough to be efficient, few enough to report and cancel.
 const PASS: usize = 512;
@@ -166,10 +171,13 @@ impl Run {
                 format!("the call has {rows} rows and needs one for each"),
             ));
         }
-        let starts = self.plan.decoder_start.len();
-        if starts > 1 && starts != self.waiting.len() {
-            let reason = format!("the call has {} prompts: one id, or one for each prompt, is accepted", self.waiting.len());
-            return Err(Error::config("decoder_start_token_id", format!("{starts} ids"), reason));
+        for (field, count) in
+            [("decoder_start_token_id", self.plan.decoder_start.len()), ("decoder_input_ids", self.plan.decoder_input_ids.len())]
+        {
+            if count > 1 && count != self.waiting.len() {
+                let reason = format!("the call has {} prompts: one, or one for each prompt, is accepted", self.waiting.len());
+                return Err(Error::config(field, format!("{count} of them"), reason));
+            }
         }
         let negatives = self.plan.negative.as_ref().map_or(0, Vec::len);
         if negatives > 1 && negatives != self.waiting.len() {
@@ -177,7 +185,7 @@ impl Run {
             return Err(Error::config("negative_prompts", format!("{negatives} prompts"), reason));
         }
         for waiting in &self.waiting {
-            waiting.check(&self.plan, info.vocab_size, info.context)?;
+            waiting.check(&self.plan, info)?;
             self.search.check(&waiting.tokens, &self.plan)?;
             self.fits(waiting, if self.prefix().is_some() { &waiting.tokens } else { &[] })?;
         }
@@ -202,7 +210,7 @@ impl Run {
     }
 
     fn memory(&self, waiting: &Waiting) -> Memory {
-        Memory::new(&self.plan, self.setting.model.info(), 1, waiting.tokens.len())
+        Memory::new(&self.plan, self.setting.model.info(), 1, waiting.tokens.len(), waiting.source_len())
     }
 
     // Starts waiting prompts in order while they fit beside the live rows; at least one if nothing is live.
@@ -210,13 +218,19 @@ impl Run {
         let mut tokens: usize = self.rows.iter().map(|row| self.capacity(row.tokens.len(), row.max_length, row.guide_length())).sum();
         let live = self.rows.iter().map(|row| self.bytes(row.max_length.saturating_add(row.guide_length())));
         let mut bytes = live.fold(self.setting.beside(&[]), u64::saturating_add);
+        // A source is held once, however many rows read it.
+        let sources: BTreeMap<_, _> = self.rows.iter().filter_map(|row| Some((row.prompt, row.source.as_ref()?.len()))).collect();
+        for len in sources.into_values() {
+            tokens = tokens.saturating_add(len);
+            bytes = bytes.saturating_add(memory::source_bytes(&self.plan, self.setting.model.info(), len));
+        }
         let mut admitted = Vec::new();
         while let Some(next) = self.waiting.front() {
             let width = self.plan.width();
             let max_length = self.plan.length.max_length(next.tokens.len());
             let more_tokens = width.saturating_mul(self.capacity(next.tokens.len(), max_length, next.guide_length(max_length)));
             let Memory { weights, cache: more_bytes } = self.memory(next);
-            tokens = tokens.saturating_add(more_tokens);
+            tokens = tokens.saturating_add(more_tokens).saturating_add(next.source_len());
             bytes = bytes.saturating_add(more_bytes);
             let over = self.setting.memory_limit.is_some_and(|limit| bytes.saturating_add(weights) > limit);
             if (over || tokens > self.setting.batch_tokens) && !(self.rows.is_empty() && admitted.is_empty()) {
@@ -370,13 +384,19 @@ impl Setting {
 impl Waiting {
     fn new(index: usize, ids: Vec<u32>, plan: &Plan) -> Self {
         let negative = plan.negative(index, &ids);
-        match plan.decoder_start.get(index).or(plan.decoder_start.first()).copied() {
-            Some(start) => Self { index, tokens: vec![start], source: Some(ids.into()), head: String::new(), negative },
+        match plan.begin(index) {
+            Some(tokens) => Self { index, tokens, source: Some(ids.into()), head: String::new(), negative },
             None => Self { index, tokens: ids, source: None, head: String::new(), negative },
         }
     }
 
-    fn check(&self, plan: &Plan, vocab_size: usize, context: Context) -> Result<()> {
+    // Tokens that an encoder reads.
+    fn source_len(&self) -> usize {
+        self.source.as_ref().map_or(0, |source| source.len())
+    }
+
+    fn check(&self, plan: &Plan, info: &ModelInfo) -> Result<()> {
+        let &ModelInfo { vocab_size, context, .. } = info;
         let index = self.index;
         let ids = self.source.as_deref().unwrap_or(&self.tokens);
         let negative = self.negative.as_deref();
@@ -388,7 +408,10 @@ impl Waiting {
                 "the negative prompt of prompt {index} is empty and there is no bos_token_id to start from"
             )));
         }
-        if let Some(id) = ids.iter().chain(&self.tokens).chain(negative.unwrap_or_default()).find(|&&id| id as usize >= vocab_size) {
+        if let Some(source) = &self.source {
+            info.check_source(index, source)?;
+        }
+        if let Some(id) = self.tokens.iter().chain(negative.unwrap_or_default()).find(|&&id| id as usize >= vocab_size) {
             return Err(Error::Prompt(format!("prompt {index} holds the id {id}, the vocabulary has {vocab_size}")));
         }
         let (len, max_length) = (self.tokens.len(), plan.length.max_length(self.tokens.len()));

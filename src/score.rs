@@ -89,9 +89,10 @@ impl Task {
         if self.prompt.is_empty() {
             return Err(Error::Prompt(format!("prompt {index} is empty and there is no bos_token_id to start from")));
         }
-        for (what, ids) in
-            [("", &self.source), ("", &self.prompt)].into_iter().chain(self.continuations.iter().map(|ids| ("a continuation of ", ids)))
-        {
+        if info.is_encoder_decoder {
+            info.check_source(index, &self.source)?;
+        }
+        for (what, ids) in [("", &self.prompt)].into_iter().chain(self.continuations.iter().map(|ids| ("a continuation of ", ids))) {
             if let Some(id) = ids.iter().find(|&&id| id as usize >= info.vocab_size) {
                 return Err(Error::Prompt(format!("{what}prompt {index} holds the id {id}, the vocabulary has {}", info.vocab_size)));
             }
@@ -118,9 +119,10 @@ impl Task {
         Ok(())
     }
 
-    /// Bytes of the prompt's cache.
+    /// Bytes of the prompt's cache and of the source's.
     fn bytes(&self, info: &ModelInfo) -> u64 {
-        pages(self.prompt.len(), info).saturating_mul(info.position_bytes)
+        let source = pages(self.source.len(), info).saturating_mul(info.source_bytes);
+        pages(self.prompt.len(), info).saturating_mul(info.position_bytes).saturating_add(source)
     }
 
     /// Bytes that a continuation's cache takes beside the prompt's.
@@ -177,7 +179,7 @@ impl Scorer<'_> {
         let (mut tokens, mut bytes) = (0usize, info.weight_bytes.saturating_add(self.setting.beside(&[])));
         let fits = |task: &&Task| {
             let largest = task.continuations.iter().map(|continuation| task.more(continuation, info)).max().unwrap_or(0);
-            tokens = tokens.saturating_add(task.prompt.len());
+            tokens = tokens.saturating_add(task.source.len() + task.prompt.len());
             bytes = bytes.saturating_add(task.bytes(info));
             tokens <= self.setting.batch_tokens && self.setting.memory_limit.is_none_or(|limit| bytes.saturating_add(largest) <= limit)
         };

@@ -9,7 +9,8 @@ use std::{fs, path::Path};
 const FILE: &str = "generation_config.json";
 
 /// Fields that transformers does not have. In a config.json such a key means something else.
-const OURS: [&str; 12] = [
+const OURS: [&str; 13] = [
+    "decoder_input_ids",
     "strategy",
     "include_stop_string",
     "stop_token_ids",

@@ -290,6 +290,8 @@ fields! {
     eos_token_id: OneOrMany<i64>,
     /// The first id of an encoder-decoder model's rows, or one for each prompt; `bos_token_id` unless set.
     decoder_start_token_id: OneOrMany<i64>,
+    /// What an encoder-decoder model's rows go on with after it: one list of ids for all, or one for each prompt. They may begin with it.
+    decoder_input_ids: Vec<Vec<u32>>,
 
     /// Whether keys and values are kept from step to step.
     use_cache: bool,

@@ -1,6 +1,6 @@
 //! The operations in candle's own: any device and float type, the reference that the fused ones are tested against.
 
-use super::{Activation, Attention, Matrix, Norm, NormKind, Ops, Picks, Rope, Span, Store, StoreShape, route::pick};
+use super::{Activation, Attention, Bias, Matrix, Norm, NormKind, Ops, Picks, Rope, Sight, Span, Store, StoreShape, route::pick};
 use crate::{
     device::turn,
     error::{Error, Result},
@@ -45,8 +45,8 @@ impl CandleOps {
         Self { device, dtype, product }
     }
 
-    /// Queries `(heads, count, head_dim)` on all keys and values, the last `count` of which are the queries' own.
-    fn attend_row(&self, attention: &Attention, queries: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Tensor> {
+    /// Queries `(heads, count, head_dim)`, the first of which stands at position `start`, on all keys and values.
+    fn attend_row(&self, attention: &Attention, start: usize, queries: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Tensor> {
         let Attention { heads, kv_heads, head_dim, .. } = *attention;
         let (count, len) = (queries.dim(1)?, keys.dim(1)?);
         // The heads of a group lie one after another, so a group's queries are the rows of one product.
@@ -57,13 +57,13 @@ impl CandleOps {
             scores = self.times(&self.times(&scores, 1.0 / cap)?.tanh()?, cap)?;
         }
         let scores = scores.reshape((heads, count, len))?;
-        let scores = match self.biases(attention, len)? {
-            Some(biases) => scores.broadcast_add(&biases)?,
-            None => scores,
+        let scores = match attention.bias {
+            Bias::None => scores,
+            _ => (scores + self.biases(attention, start, count, len)?)?,
         };
         let mut scores = scores.to_dtype(DType::F32)?;
-        if count > 1 || attention.window.is_some_and(|window| window < len) {
-            scores = scores.broadcast_add(&self.mask(count, len, attention.window)?)?;
+        if attention.sight != Sight::Full {
+            scores = scores.broadcast_add(&self.mask(attention.sight, start, count, len)?)?;
         }
         let weights = softmax_last_dim(&scores)?.to_dtype(self.dtype)?.to_dtype(self.product)?;
         let weights = weights.reshape((kv_heads, heads / kv_heads * count, len))?;
@@ -71,20 +71,19 @@ impl CandleOps {
         Ok(mixed.reshape((heads, count, head_dim))?.transpose(0, 1)?.reshape((count, heads * head_dim))?)
     }
 
-    /// What is added to the scores of `len` keys, `(heads, 1, len)`.
-    fn biases(&self, attention: &Attention, len: usize) -> Result<Option<Tensor>> {
-        if attention.alibi.is_empty() {
-            return Ok(None);
+    /// What is added to the scores of `len` keys for `count` tokens from `start` on, `(heads, count, len)`.
+    fn biases(&self, attention: &Attention, start: usize, count: usize, len: usize) -> Result<Tensor> {
+        let mut biases = vec![0.0; attention.heads * count * len];
+        for (row, biases) in biases.chunks_mut(len).enumerate() {
+            attention.bias.of(row / count, start + row % count).add(biases, 0);
         }
-        let biases: Vec<f32> = attention.alibi.iter().flat_map(|alibi| (0..len).map(|position| alibi.at(position))).collect();
-        Ok(Some(Tensor::from_vec(biases, (attention.alibi.len(), 1, len), &self.device)?.to_dtype(self.dtype)?))
+        Ok(Tensor::from_vec(biases, (attention.heads, count, len), &self.device)?.to_dtype(self.dtype)?)
     }
 
-    /// Zero where the token at `len - count + row` sees the position, minus infinity elsewhere.
-    fn mask(&self, count: usize, len: usize, window: Option<usize>) -> Result<Tensor> {
-        let sees = |token: usize, position: usize| position <= token && window.is_none_or(|window| token - position < window);
-        let row = |token| (0..len).map(move |position| if sees(token, position) { 0.0 } else { f32::NEG_INFINITY });
-        let mask: Vec<f32> = (len - count..len).flat_map(row).collect();
+    /// Zero where the token at `start + row` sees the position, minus infinity elsewhere.
+    fn mask(&self, sight: Sight, start: usize, count: usize, len: usize) -> Result<Tensor> {
+        let row = |token| (0..len).map(move |position| if sight.of(token, len).contains(&position) { 0.0 } else { f32::NEG_INFINITY });
+        let mask: Vec<f32> = (start..start + count).flat_map(row).collect();
         Ok(Tensor::from_vec(mask, (count, len), &self.device)?)
     }
 
@@ -252,7 +251,7 @@ impl Ops for CandleOps {
         layer: usize,
         qkv: Tensor,
         angles: Option<&Angles>,
-        rows: &mut [Span<'_, Tensors>],
+        rows: &mut [Span<&mut Tensors>],
     ) -> Result<Tensor> {
         let Attention { heads, kv_heads, head_dim, .. } = *attention;
         let part = |first: usize, heads: usize| -> Result<Tensor> {
@@ -269,8 +268,27 @@ impl Ops for CandleOps {
         for row in rows {
             let own = |x: &Tensor| x.narrow(0, row.first, row.count)?.transpose(0, 1)?.contiguous();
             let (queries, keys, values) = (own(&queries)?, own(&keys)?, own(&values)?);
+            let start = row.store.len;
             let [keys, values] = row.store.append(layer, [keys, values])?;
-            mixed.push(self.attend_row(attention, &queries, keys, values)?);
+            mixed.push(self.attend_row(attention, start, &queries, keys, values)?);
+        }
+        Ok(Tensor::cat(&mixed, 0)?)
+    }
+
+    fn fill(&self, attention: &Attention, layer: usize, kv: &Tensor, rows: &mut [Span<&mut Tensors>]) -> Result<()> {
+        for row in rows {
+            let both = heads(kv, row, attention.head_dim)?;
+            let part = |first| both.narrow(0, first, attention.kv_heads)?.contiguous();
+            row.store.append(layer, [part(0)?, part(attention.kv_heads)?])?;
+        }
+        Ok(())
+    }
+
+    fn cross(&self, attention: &Attention, layer: usize, queries: &Tensor, rows: &[Span<&Tensors>]) -> Result<Tensor> {
+        let mut mixed = Vec::with_capacity(rows.len());
+        for row in rows.iter().filter(|row| row.count > 0) {
+            let [keys, values] = row.store.layer(layer)?;
+            mixed.push(self.attend_row(attention, 0, &heads(queries, row, attention.head_dim)?, keys, values)?);
         }
         Ok(Tensor::cat(&mixed, 0)?)
     }
@@ -306,10 +324,20 @@ impl Angles {
     }
 }
 
+/// The heads of a row's tokens, `(heads, count, head_dim)`.
+fn heads<S>(x: &Tensor, row: &Span<S>, head_dim: usize) -> Result<Tensor> {
+    Ok(x.narrow(0, row.first, row.count)?.reshape((row.count, (), head_dim))?.transpose(0, 1)?.contiguous()?)
+}
+
 impl Tensors {
+    /// The keys and values of a layer that was filled.
+    fn layer(&self, layer: usize) -> Result<&[Tensor; 2]> {
+        self.layers.get(layer).and_then(Option::as_ref).ok_or_else(|| missing(layer))
+    }
+
     /// The keys and values of a layer, followed by new ones.
     fn append(&mut self, layer: usize, new: [Tensor; 2]) -> Result<&[Tensor; 2]> {
-        let slot = self.layers.get_mut(layer).ok_or_else(|| Error::Unsupported(format!("a cache without layer {layer}")))?;
+        let slot = self.layers.get_mut(layer).ok_or_else(|| missing(layer))?;
         // What lies behind the length was truncated, or left by a pass that failed.
         let joined = match slot.as_ref().filter(|_| self.len > 0) {
             Some([keys, values]) => {
@@ -320,6 +348,10 @@ impl Tensors {
         };
         Ok(slot.insert(joined))
     }
+}
+
+fn missing(layer: usize) -> Error {
+    Error::Unsupported(format!("a cache without layer {layer}"))
 }
 
 impl Store for Tensors {
@@ -346,8 +378,10 @@ impl Store for Tensors {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::device::tested;
-    use crate::kernels::Alibi;
+    use crate::{
+        device::tested,
+        kernels::{Alibi, Relative},
+    };
 
     fn ops() -> CandleOps {
         CandleOps::new(tested().0, DType::F32)
@@ -441,7 +475,7 @@ mod tests {
 
     /// Attention number by number.
     fn plain(attention: &Attention, rope: &Rope, qkv: &[Vec<f32>]) -> Vec<f32> {
-        let &Attention { heads, kv_heads, head_dim, scale, softcap, window, .. } = attention;
+        let &Attention { heads, kv_heads, head_dim, scale, softcap, sight, .. } = attention;
         let head = |position: usize, index: usize| {
             let mut x = qkv[position][index * head_dim..][..head_dim].to_vec();
             for (pair, freq) in rope.inv_freq.iter().enumerate().filter(|_| index < heads + kv_heads) {
@@ -456,18 +490,19 @@ mod tests {
         for token in 0..qkv.len() {
             for index in 0..heads {
                 let (query, group) = (head(token, index), index / (heads / kv_heads));
-                let first = window.map_or(0, |window| (token + 1).saturating_sub(window));
+                let seen = sight.of(token, qkv.len());
                 let score = |position| {
                     let key = head(position, heads + group);
                     let score = query.iter().zip(key).map(|(q, k)| q * k).sum::<f32>() * scale;
-                    let bias = attention.alibi.get(index).map_or(0.0, |alibi| alibi.at(position));
-                    (bias + softcap.map_or(score, |cap| cap * (score / cap).tanh())).exp()
+                    let mut bias = [0.0];
+                    attention.bias.of(index, token).add(&mut bias, position);
+                    (bias[0] + softcap.map_or(score, |cap| cap * (score / cap).tanh())).exp()
                 };
-                let weights: Vec<f32> = (first..=token).map(score).collect();
+                let weights: Vec<f32> = seen.clone().map(score).collect();
                 let total: f32 = weights.iter().sum();
                 mixed.extend((0..head_dim).map(|dim| {
                     let value = |position| head(position, heads + kv_heads + group)[dim];
-                    (first..=token).zip(&weights).map(|(position, weight)| weight / total * value(position)).sum::<f32>()
+                    seen.clone().zip(&weights).map(|(position, weight)| weight / total * value(position)).sum::<f32>()
                 }));
             }
         }
@@ -476,7 +511,7 @@ mod tests {
 
     #[test]
     fn attention_is_what_it_is_number_by_number() {
-        let base = Attention { heads: 4, kv_heads: 2, head_dim: 6, scale: 0.7, softcap: None, window: None, alibi: [].into() };
+        let base = Attention { heads: 4, kv_heads: 2, head_dim: 6, scale: 0.7, softcap: None, sight: Sight::Causal, bias: Bias::None };
         let whole = Rope { inv_freq: vec![1.0, 0.3, 0.1], scale: 1.0 };
         let partial = Rope { inv_freq: vec![1.0, 0.2], scale: 1.25 };
         let (tokens, width) = (7, 48);
@@ -486,12 +521,22 @@ mod tests {
             (base.clone(), &whole),
             (base.clone(), &partial),
             (Attention { softcap: Some(0.5), ..base.clone() }, &whole),
-            (Attention { window: Some(3), ..base.clone() }, &whole),
+            (Attention { sight: Sight::Window(3), ..base.clone() }, &whole),
             (
-                Attention { alibi: [0.5, 0.1, 0.7, 0.2].map(|slope| Alibi { slope, scale: 0.8, coarse: true }).into(), ..base.clone() },
+                Attention {
+                    bias: Bias::Alibi([0.5, 0.1, 0.7, 0.2].map(|slope| Alibi { slope, scale: 0.8, coarse: true }).into()),
+                    ..base.clone()
+                },
                 &whole,
             ),
-            (Attention { window: Some(1), kv_heads: 4, heads: 4, head_dim: 4, ..base.clone() }, &partial),
+            (
+                Attention {
+                    bias: Bias::Relative(Relative::new(4, 3, |head, distance| (head as isize - distance) as f32 / 3.0).into()),
+                    ..base.clone()
+                },
+                &whole,
+            ),
+            (Attention { sight: Sight::Window(1), kv_heads: 4, heads: 4, head_dim: 4, ..base.clone() }, &partial),
         ] {
             let expected = plain(&attention, rope, &qkv);
             for chunks in [vec![7], vec![1; 7], vec![4, 1, 2]] {

@@ -1,7 +1,7 @@
 //! The named operations the decoder is written over: one trait, a twin in candle's operations, and fused ones for the CPU.
 //!
-//! Activations are `(tokens, width)`: the new tokens of all rows one after another, no padding. Only [`Ops::attend`]
-//! knows rows. Every other operation treats each token alone, so nothing depends on which rows share a pass.
+//! Activations are `(tokens, width)`: the new tokens of all rows one after another, no padding. Only [`Ops::attend`],
+//! [`Ops::fill`] and [`Ops::cross`] know rows. Every other operation treats each token alone, so nothing depends on which rows share a pass.
 
 pub(crate) mod candle;
 pub(crate) mod cpu;
@@ -69,7 +69,7 @@ pub(crate) trait Ops: Send + Sync + 'static {
     fn mix(&self, count: usize, parts: &[(Picks, Self::Act)]) -> Result<Self::Act>;
     /// The rotary angles of a pass: each row's rotation and the positions of its new tokens. All turn equally many pairs.
     fn angles(&self, rows: &[(&Rope, Range<usize>)]) -> Result<Self::Angles>;
-    /// Causal self-attention. Each token of `qkv` is `[heads * head_dim | kv_heads * head_dim | kv_heads * head_dim]`.
+    /// Self-attention. Each token of `qkv` is `[heads * head_dim | kv_heads * head_dim | kv_heads * head_dim]`.
     /// Rotates queries and keys where `angles` are given, appends keys and values of `layer` to each row's store, and
     /// returns `(tokens, heads * head_dim)`. The store's length grows only with [`Store::grow`], after the last layer.
     fn attend(
@@ -78,8 +78,12 @@ pub(crate) trait Ops: Send + Sync + 'static {
         layer: usize,
         qkv: Self::Act,
         angles: Option<&Self::Angles>,
-        rows: &mut [Span<'_, Self::Store>],
+        rows: &mut [Span<&mut Self::Store>],
     ) -> Result<Self::Act>;
+    /// Appends keys and values of `layer`, `[kv_heads * head_dim | kv_heads * head_dim]` a token, to each row's store.
+    fn fill(&self, attention: &Attention, layer: usize, kv: &Self::Act, rows: &mut [Span<&mut Self::Store>]) -> Result<()>;
+    /// The attention of `queries`, `heads * head_dim` a token, to all that `layer` of its row's store holds. Every row's has something.
+    fn cross(&self, attention: &Attention, layer: usize, queries: &Self::Act, rows: &[Span<&Self::Store>]) -> Result<Self::Act>;
     /// The tokens `indices` of `x`.
     fn select(&self, x: &Self::Act, indices: &[usize]) -> Result<Self::Act>;
     /// `x` as a caller of the model sees it.
@@ -89,7 +93,7 @@ pub(crate) trait Ops: Send + Sync + 'static {
 }
 
 /// The keys and values of one row. A clone shares them: writing copies only the last page, while it is shared.
-pub(crate) trait Store: Clone + Send + 'static {
+pub(crate) trait Store: Clone + Send + Sync + 'static {
     /// Positions held.
     fn len(&self) -> usize;
     /// Counts the `count` positions that every layer has now written.
@@ -184,10 +188,100 @@ pub(crate) struct Attention {
     pub scale: f32,
     /// `cap * tanh(score / cap)` before the softmax.
     pub softcap: Option<f32>,
-    /// A token sees itself and the `window - 1` positions before it.
-    pub window: Option<usize>,
-    /// One for each head, where there are any.
-    pub alibi: Arc<[Alibi]>,
+    pub sight: Sight,
+    pub bias: Bias,
+}
+
+/// The positions that a token sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sight {
+    /// Itself and those before it.
+    Causal,
+    /// Itself and those before it, so many together.
+    Window(usize),
+    /// All, also those after it.
+    Full,
+}
+
+impl Sight {
+    /// What the token at `position` sees of `len` positions.
+    pub fn of(self, position: usize, len: usize) -> Range<usize> {
+        match self {
+            Self::Causal => 0..position + 1,
+            Self::Window(window) => (position + 1).saturating_sub(window)..position + 1,
+            Self::Full => 0..len,
+        }
+    }
+}
+
+/// What is added to the scores, by which attention tells positions apart.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Bias {
+    /// Nothing.
+    None,
+    /// One for each head.
+    Alibi(Arc<[Alibi]>),
+    /// By distance; layers may share it.
+    Relative(Arc<Relative>),
+}
+
+impl Bias {
+    /// That of one head, for the token at `position`.
+    pub fn of(&self, head: usize, position: usize) -> HeadBias<'_> {
+        match self {
+            Self::None => HeadBias::None,
+            Self::Alibi(alibi) => alibi.get(head).map_or(HeadBias::None, |&alibi| HeadBias::Alibi(alibi)),
+            Self::Relative(relative) => HeadBias::Relative(relative.head(head), position),
+        }
+    }
+}
+
+/// What is added to the scores of one head and token.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum HeadBias<'a> {
+    /// Nothing.
+    None,
+    Alibi(Alibi),
+    /// By distance, and where the token stands.
+    Relative(&'a [f32], usize),
+}
+
+impl HeadBias<'_> {
+    /// Adds to the scores of the keys from `first` on.
+    #[inline(always)]
+    pub fn add(self, scores: &mut [f32], first: usize) {
+        let scores = (first..).zip(scores);
+        match self {
+            Self::None => {}
+            Self::Alibi(alibi) => scores.for_each(|(position, score)| *score += alibi.at(position)),
+            Self::Relative(table, token) => {
+                let reach = table.len() / 2;
+                scores.for_each(|(position, score)| *score += table[(position + reach).saturating_sub(token).min(2 * reach)]);
+            }
+        }
+    }
+}
+
+/// A number for each head and distance of a key from its query (<https://arxiv.org/abs/1910.10683>).
+#[derive(Debug, PartialEq)]
+pub(crate) struct Relative {
+    /// For each head those of the distances from `-reach` to `reach`; farther keys count as that far.
+    biases: Vec<f32>,
+    /// Distances of a head.
+    width: usize,
+}
+
+impl Relative {
+    /// `bias` gives the number of a head and distance.
+    pub fn new(heads: usize, reach: usize, bias: impl Fn(usize, isize) -> f32) -> Self {
+        let distances = -(reach as isize)..=reach as isize;
+        let biases = (0..heads).flat_map(|head| distances.clone().map(move |distance| (head, distance)));
+        Self { biases: biases.map(|(head, distance)| bias(head, distance)).collect(), width: 2 * reach + 1 }
+    }
+
+    fn head(&self, head: usize) -> &[f32] {
+        &self.biases[head * self.width..][..self.width]
+    }
 }
 
 /// What a head adds to its scores so that near positions weigh more, <https://arxiv.org/abs/2108.12409>: `slope * position` of
@@ -218,11 +312,11 @@ fn round(x: f32) -> f32 {
 }
 
 /// One row's part of a pass.
-pub(crate) struct Span<'a, S> {
+pub(crate) struct Span<S> {
     /// Index of its first new token among the pass's tokens.
     pub first: usize,
     /// Number of new tokens.
     pub count: usize,
-    /// The row's keys and values; the first new token's position is its length.
-    pub store: &'a mut S,
+    /// The row's keys and values. Where new ones are written, the first new token's position is its length.
+    pub store: S,
 }

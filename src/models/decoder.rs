@@ -1,33 +1,34 @@
-//! The one decoder: every decoder-only family, over whichever operations it is loaded with.
+//! The one decoder: every family, over whichever operations it is loaded with; with an encoder where the family has one.
 
 use super::{
+    encoder::{self, Encoder},
+    entry::{Entry, Row},
     kv::Kv,
     layers::{Layer, Loader},
-    rope::Rotation,
-    spec::{DecoderSpec, Head, Positions, Projection},
+    spec::{DecoderSpec, Head, Projection},
     weights::Weights,
 };
 use crate::{
     error::{Error, Result},
     kernels::{Norm, Ops, Span, Store, StoreShape},
-    model::{Cache, Context, Feed, Forward, Model, ModelInfo, Start, Values, Want, downcast},
+    model::{Cache, Context, Feed, Forward, Model, ModelInfo, Room, Start, Values, Want, downcast},
     progress::OnProgress,
 };
-use std::{ops::Range, sync::Arc};
+use std::sync::Arc;
 
-/// A decoder-only model.
+/// A decoder, and what reads its sources if it has any.
 pub(crate) struct Decoder<O: Ops> {
     ops: O,
     info: ModelInfo,
     shape: StoreShape,
+    encoder: Option<Encoder<O>>,
     embedding: O::Weight,
-    embedding_scale: Option<f32>,
-    embedding_norm: Option<Norm<O::Vector>>,
-    /// Between the widths of embeddings and layers, in and out.
-    projection: Option<[O::Weight; 2]>,
-    positions: Place<O>,
+    entry: Entry<O>,
     layers: Vec<Layer<O>>,
     norm: Option<Norm<O::Vector>>,
+    /// From the width of the layers to that of the head.
+    outward: Option<O::Weight>,
+    head_scale: Option<f32>,
     /// The embeddings where there is none.
     head: Option<O::Weight>,
     softcap: Option<f32>,
@@ -37,73 +38,48 @@ pub(crate) struct Decoder<O: Ops> {
     steady: usize,
 }
 
-/// How tokens are told where they stand.
-enum Place<O: Ops> {
-    /// With the number of its vectors that are not used.
-    Table(O::Weight, usize),
-    /// Rotations, and which of them a layer has.
-    Rope(Vec<Rotation>, Vec<Option<usize>>),
-    /// The attention's biases tell.
-    Alibi,
-}
-
 impl<O: Ops> Decoder<O> {
     /// Loads a checkpoint, layer by layer. `info` says what `ops` are: device, type, page and bytes of a position.
     pub fn load(ops: O, info: ModelInfo, spec: &DecoderSpec, weights: &Weights, progress: Option<&OnProgress>) -> Result<Self> {
         let mut loader = Loader::new(&ops, spec, weights, progress);
         let (vocab, outer, hidden) = (spec.vocab, spec.outer(), spec.hidden);
-        let Ends { table, head, bias } = ends(spec, weights)?;
-        let embedding = loader.matrix(table, vocab, outer, bias.filter(|_| head.is_none()))?;
-        let embedding_norm = spec.embedding_norm.map(|name| loader.norm(name)).transpose()?;
-        let projection = match spec.projection {
-            Some(Projection { inward, outward, .. }) => {
-                Some([loader.matrix(inward, hidden, outer, None)?, loader.matrix(outward, outer, hidden, None)?])
-            }
+        let Ends { table, head, bias } = ends(spec, &loader, weights)?;
+        let embedding = loader.matrix(table, vocab, outer, bias.as_deref().filter(|_| head.is_none()))?;
+        let (entry, context) = Entry::load(&mut loader, spec)?;
+        let outward = match spec.projection {
+            Some(Projection { outward, .. }) => Some(loader.matrix(outward, outer, hidden, None)?),
             None => None,
         };
-        let (positions, context) = match &spec.positions {
-            &Positions::Learned { name, skip, len } => {
-                (Place::Table(loader.matrix(name, skip + len, hidden, None)?, skip), Context::Hard(len))
-            }
-            Positions::Rope { rotations, layers, trained } => (Place::Rope(rotations.clone(), layers.clone()), Context::Soft(*trained)),
-            Positions::Alibi { trained } => (Place::Alibi, trained.map_or(Context::Unlimited, Context::Soft)),
-        };
         loader.report()?;
+        let encoder = match &spec.encoder {
+            Some(encoder) => Some(Encoder::load(&mut loader, &encoder.stack, table)?),
+            None => None,
+        };
+        let cross = spec.encoder.as_ref().map(|encoder| &encoder.cross);
         let mut layers = Vec::with_capacity(spec.attention.len());
         for (index, attention) in spec.attention.iter().enumerate() {
-            layers.push(loader.layer(index, attention)?);
+            layers.push(loader.layer(index, attention, cross)?);
             loader.report()?;
         }
         let norm = spec.final_norm.map(|name| loader.norm(name)).transpose()?;
-        let head = head.map(|name| loader.matrix(name, vocab, outer, bias)).transpose()?;
+        let head = head.map(|name| loader.matrix(name, vocab, outer, bias.as_deref())).transpose()?;
         loader.finish()?;
 
-        let (layers_len, tied) = (spec.attention.len(), matches!(spec.head, Head::Tied(_)));
-        let info = ModelInfo { context, layers: layers_len, tied, weight_bytes: loader.weight_bytes(), ..info };
-        let shape = spec.shape();
-        let (embedding_scale, softcap) = (spec.embedding_scale, spec.softcap);
-        let rotations = match &positions {
-            Place::Rope(rotations, _) => &rotations[..],
-            Place::Table(..) | Place::Alibi => &[],
-        };
-        let crossings = rotations.iter().filter_map(Rotation::crossing).collect();
-        let steady = rotations.iter().map(Rotation::steady).min().unwrap_or(usize::MAX);
-        Ok(Self {
-            ops,
-            info,
-            shape,
-            embedding,
-            embedding_scale,
-            embedding_norm,
-            projection,
-            positions,
-            layers,
-            norm,
-            head,
-            softcap,
-            crossings,
-            steady,
-        })
+        let mut info = ModelInfo { context, tied: matches!(spec.head, Head::Tied(_)), weight_bytes: loader.weight_bytes(), ..info };
+        match &encoder {
+            Some(encoder) => {
+                info.is_encoder_decoder = true;
+                info.source_vocab_size = encoder.vocab();
+                info.source_context = encoder.context();
+                // A source takes what as many of the decoder's own positions take.
+                info.source_bytes = info.position_bytes;
+            }
+            // HF: DoLa refuses encoder-decoder models.
+            None => info.layers = spec.attention.len(),
+        }
+        let (crossings, steady) = (entry.crossings(), entry.steady());
+        let (shape, head_scale, softcap) = (spec.shape(), spec.head_scale, spec.softcap);
+        Ok(Self { ops, info, shape, encoder, embedding, entry, layers, norm, outward, head_scale, head, softcap, crossings, steady })
     }
 
     fn check(&self, tokens: &[u32], cache: &Kv<O::Store>) -> Result<()> {
@@ -141,66 +117,55 @@ impl<O: Ops> Decoder<O> {
         }
     }
 
-    /// The tokens of a pass as vectors, and the angles of each rotation.
-    fn embed(&self, pass: &Pass<'_>) -> Result<(O::Act, Vec<O::Angles>)> {
-        let x = self.ops.embed(&self.embedding, &pass.ids)?;
-        let x = match self.embedding_scale {
-            Some(scale) => self.ops.scale(x, scale)?,
-            None => x,
-        };
-        let x = match &self.projection {
-            Some([inward, _]) => self.ops.linear(inward, &x)?,
-            None => x,
-        };
-        let x = match &self.embedding_norm {
-            Some(norm) => self.ops.norm(norm, &x)?,
-            None => x,
-        };
-        match &self.positions {
-            Place::Table(table, skip) => {
-                let positions = pass.rows.iter().flat_map(|row| row.positions.clone());
-                let places: Vec<u32> = positions.map(|position| (skip + position) as u32).collect();
-                Ok((self.ops.add(x, &self.ops.embed(table, &places)?)?, Vec::new()))
-            }
-            Place::Rope(rotations, _) => {
-                let angles = |rotation: &Rotation| {
-                    let ropes: Vec<_> = pass.rows.iter().map(|row| rotation.at(row.reach)).collect();
-                    let turns: Vec<_> = ropes.iter().zip(&pass.rows).map(|(rope, row)| (&**rope, row.positions.clone())).collect();
-                    self.ops.angles(&turns)
-                };
-                Ok((x, rotations.iter().map(angles).collect::<Result<_>>()?))
-            }
-            Place::Alibi => Ok((x, Vec::new())),
+    /// What the layers look at of each row's source; none in a decoder-only model.
+    fn read(&self, rows: &[Start<'_>]) -> Result<Vec<Option<Arc<O::Store>>>> {
+        let Some(encoder) = &self.encoder else { return Ok(rows.iter().map(|_| None).collect()) };
+        let sources: Vec<&[u32]> = rows.iter().map(|row| row.source).collect();
+        sources.iter().try_for_each(|source| encoder.check(source))?;
+        if sources.is_empty() {
+            return Ok(Vec::new());
         }
+        let mut stores = sources.iter().map(|_| self.ops.store(self.shape, Room::Grow)).collect::<Result<Vec<_>>>()?;
+        self.ops.pass(|| {
+            let states = encoder.read(&self.ops, &self.embedding, &sources)?;
+            let mut spans = encoder::spans(&sources, stores.iter_mut());
+            self.layers.iter().enumerate().try_for_each(|(index, layer)| layer.fill(&self.ops, index, &states, &mut spans))
+        })?;
+        let filled = stores.into_iter().zip(&sources).map(|(mut store, source)| {
+            store.grow(source.len());
+            Some(Arc::new(store))
+        });
+        Ok(filled.collect())
     }
 
-    /// From the width of the layers to that of the head.
+    /// From the last layer's width to that of the head.
     fn outward(&self, x: O::Act) -> Result<O::Act> {
-        match &self.projection {
-            Some([_, outward]) => self.ops.linear(outward, &x),
+        match &self.outward {
+            Some(outward) => self.ops.linear(outward, &x),
             None => Ok(x),
         }
     }
 
-    /// Which rotation a layer has.
-    fn rotation(&self, layer: usize) -> Option<usize> {
-        match &self.positions {
-            Place::Rope(_, layers) => layers.get(layer).copied().flatten(),
-            Place::Table(..) | Place::Alibi => None,
-        }
+    /// The logits of states that the final norm has touched.
+    fn logits(&self, x: O::Act) -> Result<Values> {
+        let x = match self.head_scale {
+            Some(scale) => self.ops.scale(x, scale)?,
+            None => x,
+        };
+        self.ops.logits(self.head.as_ref().unwrap_or(&self.embedding), &x, self.softcap)
     }
 
     /// Runs a pass and returns what is wanted of it.
-    fn compute(&self, pass: &Pass<'_>, rows: &mut [Span<'_, O::Store>]) -> Result<Forward> {
+    fn compute(&self, pass: &Pass<'_>, rows: &mut [Span<&mut O::Store>], mut sources: Vec<Span<&O::Store>>) -> Result<Forward> {
         let ops = &self.ops;
-        let (mut x, angles) = self.embed(pass)?;
+        let (mut x, angles) = self.entry.embed(ops, &self.embedding, &pass.ids, &pass.rows)?;
         let mut early = Vec::new();
         for (index, layer) in self.layers.iter().enumerate() {
             if let Want::Layers(layers) = pass.want {
                 let places = layers.iter().enumerate().filter(|(_, wanted)| **wanted == index);
                 early.extend(places.map(|(place, _)| (place, ops.select(&x, &pass.read))));
             }
-            let angles = self.rotation(index).and_then(|rotation| angles.get(rotation));
+            let angles = self.entry.rotation(index).and_then(|rotation| angles.get(rotation));
             let mut mixed = layer.attend(ops, index, &x, angles, rows)?;
             if index + 1 == self.layers.len() {
                 // The caches are complete: from here on only tokens that something is wanted of matter.
@@ -210,11 +175,15 @@ impl<O: Ops> Decoder<O> {
                 if pass.want != Want::Hidden && pass.read.len() < pass.ids.len() {
                     x = ops.select(&x, &pass.read)?;
                     mixed = ops.select(&mixed, &pass.read)?;
+                    for source in &mut sources {
+                        let place = |token| pass.read.partition_point(|&read| read < token);
+                        let (first, end) = (place(source.first), place(source.first + source.count));
+                        (source.first, source.count) = (first, end - first);
+                    }
                 }
             }
-            x = layer.finish(ops, x, &mixed)?;
+            x = layer.finish(ops, index, x, &mixed, &sources)?;
         }
-        let head = self.head.as_ref().unwrap_or(&self.embedding);
         let x = match &self.norm {
             Some(norm) => ops.norm(norm, &x)?,
             None => x,
@@ -222,21 +191,22 @@ impl<O: Ops> Decoder<O> {
         let x = self.outward(x)?;
         match pass.want {
             Want::Hidden => {
-                let logits = ops.logits(head, &ops.select(&x, &pass.read)?, self.softcap)?;
+                let logits = self.logits(ops.select(&x, &pass.read)?)?;
                 let x = if pass.new.len() < pass.ids.len() { ops.select(&x, &pass.new)? } else { x };
                 Ok(Forward { logits, hidden: ops.values(x)? })
             }
             Want::Layers(_) => {
+                let head = self.head.as_ref().unwrap_or(&self.embedding);
                 let mut layers = Vec::with_capacity(early.len() + 1);
                 early.sort_by_key(|(place, _)| *place);
                 for (_, state) in early {
                     layers.push(ops.logits(head, &self.outward(state?)?, None)?.into_host()?);
                 }
-                layers.push(ops.logits(head, &x, self.softcap)?.into_host()?);
+                layers.push(self.logits(x)?.into_host()?);
                 let row = |row: usize| layers.iter().flat_map(move |logits| &logits[row * self.info.vocab_size..][..self.info.vocab_size]);
                 Ok(Values::Host((0..pass.read.len()).flat_map(row).copied().collect()).into())
             }
-            _ => Ok(ops.logits(head, &x, self.softcap)?.into()),
+            _ => Ok(self.logits(x)?.into()),
         }
     }
 }
@@ -252,24 +222,17 @@ struct Pass<'a> {
     new: Vec<usize>,
 }
 
-/// Where the tokens of a row stand.
-struct Row {
-    positions: Range<usize>,
-    /// The length that decides how they are rotated.
-    reach: usize,
-}
-
 impl<O: Ops> Model for Decoder<O> {
     fn info(&self) -> &ModelInfo {
         &self.info
     }
 
     fn start(&self, rows: &[Start<'_>]) -> Result<Vec<Box<dyn Cache>>> {
-        let start = |row: &Start<'_>| {
+        let start = |(row, source): (&Start<'_>, _)| {
             let store = self.ops.store(self.shape, row.room)?;
-            Ok(Box::new(Kv::new(store, self.shape, row, self.crossings.clone(), self.steady)) as Box<dyn Cache>)
+            Ok(Box::new(Kv::new(store, source, self.shape, row, self.crossings.clone(), self.steady)) as Box<dyn Cache>)
         };
-        rows.iter().map(start).collect()
+        rows.iter().zip(self.read(rows)?).map(start).collect()
     }
 
     fn forward(&self, rows: &mut [Feed<'_>], want: Want<'_>) -> Result<Forward> {
@@ -283,7 +246,7 @@ impl<O: Ops> Model for Decoder<O> {
             anew.push(if cache.stale(tokens.len()) { Some(self.ops.store(self.shape, cache.room)?) } else { None });
         }
         let mut pass = Pass { ids: Vec::new(), rows: Vec::with_capacity(rows.len()), want, read: Vec::new(), new: Vec::new() };
-        let mut spans = Vec::with_capacity(rows.len());
+        let (mut spans, mut sources) = (Vec::with_capacity(rows.len()), Vec::new());
         for (index, (Feed { tokens, cache }, anew)) in rows.iter_mut().zip(&mut anew).enumerate() {
             let cache = downcast::<Kv<O::Store>>(&mut **cache)?;
             let (reach, count) = (cache.reach(tokens.len()), tokens.len());
@@ -305,12 +268,13 @@ impl<O: Ops> Model for Decoder<O> {
             pass.read.extend(end - read..end);
             pass.new.extend(end - count..end);
             spans.push(Span { first, count: end - first, store });
+            sources.extend(cache.source.as_deref().map(|store| Span { first, count: end - first, store }));
         }
         if pass.ids.is_empty() {
             return Ok(Forward::default());
         }
 
-        let forward = self.ops.pass(|| self.compute(&pass, &mut spans))?;
+        let forward = self.ops.pass(|| self.compute(&pass, &mut spans, sources))?;
         // Only now, so that a pass that fails leaves every cache as it was.
         for (Feed { tokens, cache }, anew) in rows.iter_mut().zip(anew) {
             let cache = downcast::<Kv<O::Store>>(&mut **cache)?;
@@ -324,29 +288,32 @@ impl<O: Ops> Model for Decoder<O> {
     }
 }
 
-/// The names of what stands before and after the layers.
+/// What stands before and after the layers.
 struct Ends {
     table: &'static str,
     /// None if the table serves as one.
     head: Option<&'static str>,
-    /// What the head's bias is named after.
-    bias: Option<&'static str>,
+    /// Of the head.
+    bias: Option<Vec<f32>>,
 }
 
-fn ends(spec: &DecoderSpec, weights: &Weights) -> Result<Ends> {
+fn ends<O: Ops>(spec: &DecoderSpec, loader: &Loader<'_, O>, weights: &Weights) -> Result<Ends> {
     let (Head::Own(linear) | Head::Tied(linear)) = spec.head;
     // HF: GPT-NeoX's head is called `embed_out` in files, but `lm_head` by 5.x itself.
-    let there = |name: &&str| weights.contains(&format!("{name}.weight"));
-    let name = [linear.name, "lm_head"].into_iter().find(there).unwrap_or(linear.name);
-    let (table, bias) = (spec.embedding, linear.bias.then_some(name));
+    let name = loader.table(linear.name, &["lm_head"]);
+    let table = loader.table(spec.embedding, spec.aliases);
+    let bias = match spec.logits_bias.filter(|bias| weights.contains(bias)) {
+        Some(bias) => Some(weights.values(bias, &[1, spec.vocab])?),
+        None if linear.bias => Some(weights.vector(&format!("{name}.bias"), spec.vocab)?),
+        None => None,
+    };
     if let Head::Own(_) = spec.head {
         return Ok(Ends { table, head: Some(name), bias });
     }
-    let [embedding, own] = [table, name].map(|name| format!("{name}.weight"));
     // HF: the file outvotes `tie_word_embeddings`. A tied head that it has all the same is used if it differs from the
     // embeddings, and serves as embeddings if those are missing.
-    Ok(match (weights.contains(&embedding), weights.contains(&own)) {
-        (true, true) if !weights.equal(&embedding, &own)? => Ends { table, head: Some(name), bias },
+    Ok(match (loader.has(table), loader.has(name)) {
+        (true, true) if !loader.same(table, name)? => Ends { table, head: Some(name), bias },
         (false, true) => Ends { table: name, head: None, bias },
         _ => Ends { table, head: None, bias },
     })

@@ -11,6 +11,8 @@ use std::sync::Arc;
 #[derive(Clone)]
 pub(crate) struct Kv<S> {
     pub store: S,
+    /// What the layers look at of the row's source, in an encoder-decoder model: written once and shared by all forks.
+    pub source: Option<Arc<S>>,
     /// The shape the store was made for, by which a cache of another model is told.
     pub shape: StoreShape,
     pub room: Room,
@@ -27,8 +29,15 @@ pub(crate) struct Kv<S> {
 }
 
 impl<S: Store> Kv<S> {
-    pub fn new(store: S, shape: StoreShape, start: &Start<'_>, crossings: Arc<[usize]>, steady: usize) -> Self {
-        Self { store, shape, room: start.room, tokens: Vec::new(), crossings, ahead: start.len, steady, written: 0 }
+    pub fn new(
+        store: S,
+        source: Option<Arc<S>>,
+        shape: StoreShape,
+        start: &Start<'_>,
+        crossings: Arc<[usize]>,
+        steady: usize,
+    ) -> Self {
+        Self { store, source, shape, room: start.room, tokens: Vec::new(), crossings, ahead: start.len, steady, written: 0 }
     }
 
     /// Refuses `count` further positions that were not reserved.

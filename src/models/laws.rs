@@ -67,7 +67,12 @@ fn open<O: Ops>(ops: O, folder: &Path) -> Box<dyn Model> {
 
 impl Case {
     fn start(&self, room: Room) -> Box<dyn Cache> {
-        self.model.start(&[Start { room, ..Start::default() }]).unwrap().remove(0)
+        self.read(&tiny::SOURCE, room)
+    }
+
+    /// A cache of a row with a source, where models have one.
+    fn read(&self, source: &[u32], room: Room) -> Box<dyn Cache> {
+        self.model.start(&[Start { source, room, ..Start::default() }]).unwrap().remove(0)
     }
 
     fn feed(&self, cache: &mut Box<dyn Cache>, tokens: &[u32], want: Want) -> Vec<f32> {
@@ -162,7 +167,7 @@ fn states_do_not_depend_on_how_they_were_computed() {
 
 #[test]
 fn early_layers_do_not_depend_on_how_they_were_computed() {
-    for case in cases() {
+    for case in cases().filter(|case| !case.model.info().is_encoder_decoder) {
         let want = Want::Layers(&[2, 0, 1]);
         let whole = case.feed(&mut case.start(Room::Grow), &IDS, want);
         let vocab = case.model.info().vocab_size;
@@ -290,6 +295,82 @@ fn a_ragged_batch_equals_its_rows_alone() {
             let mut feeds: Vec<_> = caches.iter_mut().zip(tokens).map(|(cache, tokens)| Feed { tokens, cache: &mut **cache }).collect();
             case.same(&case.model.forward(&mut feeds, want).unwrap().logits.into_host().unwrap(), &alone);
             assert_eq!(caches.iter().map(|cache| cache.len()).collect::<Vec<_>>(), [5, 4, 10]);
+        }
+    }
+}
+
+/// The families that read a source.
+fn readers() -> impl Iterator<Item = Case> {
+    cases().filter(|case| case.model.info().is_encoder_decoder)
+}
+
+#[test]
+fn logits_depend_on_every_token_of_the_source() {
+    for case in readers() {
+        let last = |source: &[u32]| case.feed(&mut case.read(source, Room::Grow), &IDS, Want::Last);
+        let logits = last(&IDS);
+        for place in 0..IDS.len() {
+            let mut source = IDS;
+            source[place] = 50;
+            let apart = logits.iter().zip(last(&source)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(apart > 1e-4, "{}: token {place} of the source makes no difference", case.name);
+        }
+        assert_eq!(case.model.info().layers, 0);
+    }
+}
+
+#[test]
+fn sources_in_a_batch_are_what_they_are_alone() {
+    for case in readers() {
+        let sources = [&IDS[..], &IDS[..1], &[5; 40][..], &IDS[3..7]].map(|source| source.iter().map(|id| id % 57).collect::<Vec<_>>());
+        let starts: Vec<_> = sources.iter().map(|source| Start { source, ..Start::default() }).collect();
+        let mut caches = case.model.start(&starts).unwrap();
+        for want in [Want::Last, Want::Each(&[1, 2, 0, 4]), Want::Hidden, Want::All] {
+            let mut alone = Vec::new();
+            let mut feeds = Vec::new();
+            for (row, (cache, source)) in caches.iter_mut().zip(&sources).enumerate() {
+                let tokens = &IDS[row..2 * row + 2];
+                let counts = [[1, 2, 0, 4][row]];
+                let want = if let Want::Each(_) = want { Want::Each(&counts) } else { want };
+                cache.truncate(0).unwrap();
+                alone.extend(case.feed(&mut case.read(source, Room::Grow), tokens, want));
+                feeds.push(Feed { tokens, cache: &mut **cache });
+            }
+            case.same(&case.model.forward(&mut feeds, want).unwrap().logits.into_host().unwrap(), &alone);
+        }
+    }
+}
+
+#[test]
+fn a_source_stays_through_forks_and_truncations() {
+    for case in readers() {
+        let mut one = case.start(Room::Reserve(11));
+        case.feed(&mut one, &IDS[..7], Want::Nothing);
+        let mut two = one.fork();
+        one.truncate(0).unwrap();
+        case.same(&case.feed(&mut one, &IDS, Want::Last), &case.last(&IDS));
+        case.same(&case.feed(&mut two, &IDS[7..], Want::Last), &case.last(&IDS));
+        let other = case.feed(&mut case.read(&[5, 6], Room::Grow), &IDS, Want::Last);
+        assert!(other.iter().zip(case.last(&IDS)).any(|(a, b)| (a - b).abs() > 1e-3), "{}", case.name);
+    }
+}
+
+#[test]
+fn sources_that_cannot_be_read_are_refused() {
+    for case in readers() {
+        let refused = |source| case.model.start(&[Start::default(), Start { source, ..Start::default() }][1..]).err().unwrap().to_string();
+        assert_eq!(refused(&[]), "invalid prompt: a row without a source, which an encoder-decoder model needs");
+        let vocab = case.model.info().source_vocab_size;
+        assert_eq!(vocab, if case.name == "marian-apart" { 57 } else { 61 });
+        let message = format!("invalid prompt: id {vocab} is outside the encoder's vocabulary; ids below {vocab} are accepted");
+        assert_eq!(refused(&[1, vocab as u32]), message);
+        let long = case.model.start(&[Start { source: &[6; 41], ..Start::default() }]);
+        match case.model.info().source_context {
+            Context::Hard(40) => {
+                let message = "invalid prompt: a source of 41 tokens does not fit into the encoder's positions; at most 40 do";
+                assert_eq!(long.err().unwrap().to_string(), message);
+            }
+            _ => assert_eq!(long.unwrap().len(), 1),
         }
     }
 }

@@ -1,14 +1,16 @@
 //! One layer of the decoder, and how the parts of a model are taken from a checkpoint.
 
 use super::{
-    spec::{self, DecoderSpec, Extent, Layout, Linear, NormKind, Qkv, Residual},
+    relative,
+    spec::{self, DecoderSpec, Extent, Layout, Linear, NormKind, Positions, Qkv, Residual},
     weights::Weights,
 };
 use crate::{
     error::Result,
-    kernels::{self, Activation, Attention, Matrix, Norm, Ops, Span},
+    kernels::{self, Activation, Attention, Bias, Matrix, Norm, Ops, Relative, Sight, Span},
     progress::{OnProgress, Stage},
 };
+use std::sync::Arc;
 
 /// A layer: attention and a feed-forward part, each added to what it was given.
 pub(crate) struct Layer<O: Ops> {
@@ -18,7 +20,19 @@ pub(crate) struct Layer<O: Ops> {
     qkv: O::Weight,
     qk_norms: Vec<QkNorm<O>>,
     out: O::Weight,
+    /// Where there is a source to look at.
+    cross: Option<Cross<O>>,
     mlp: Mlp<O>,
+}
+
+/// Attention to a source.
+struct Cross<O: Ops> {
+    attention: Attention,
+    norm: Norm<O::Vector>,
+    queries: O::Weight,
+    /// Keys and values stacked.
+    kv: O::Weight,
+    out: O::Weight,
 }
 
 /// The norm of queries or of keys.
@@ -54,7 +68,14 @@ enum Mlp<O: Ops> {
 
 impl<O: Ops> Layer<O> {
     /// Attention up to the mixed values: all that the caches need of the layer.
-    pub fn attend(&self, ops: &O, index: usize, x: &O::Act, angles: Option<&O::Angles>, rows: &mut [Span<'_, O::Store>]) -> Result<O::Act> {
+    pub fn attend(
+        &self,
+        ops: &O,
+        index: usize,
+        x: &O::Act,
+        angles: Option<&O::Angles>,
+        rows: &mut [Span<&mut O::Store>],
+    ) -> Result<O::Act> {
         let normed = match &self.residual {
             Residual::Pre { attention, .. }
             | Residual::PrePost { attention: [attention, _], .. }
@@ -69,13 +90,25 @@ impl<O: Ops> Layer<O> {
         ops.attend(&self.attention, index, qkv, angles, rows)
     }
 
-    /// The rest of the layer, each token alone. Where a norm of `x` is needed once more, computing it again costs less than
-    /// carrying it along.
-    pub fn finish(&self, ops: &O, x: O::Act, mixed: &O::Act) -> Result<O::Act> {
+    /// Writes the keys and values of the states of sources, where the layer looks at one.
+    pub fn fill(&self, ops: &O, index: usize, states: &O::Act, rows: &mut [Span<&mut O::Store>]) -> Result<()> {
+        match &self.cross {
+            Some(cross) => ops.fill(&cross.attention, index, &ops.linear(&cross.kv, states)?, rows),
+            None => Ok(()),
+        }
+    }
+
+    /// The rest of the layer, each token alone or with its row's source. Where a norm of `x` is needed once more, computing it again
+    /// costs less than carrying it along.
+    pub fn finish(&self, ops: &O, index: usize, x: O::Act, mixed: &O::Act, sources: &[Span<&O::Store>]) -> Result<O::Act> {
         let y = ops.linear(&self.out, mixed)?;
         match &self.residual {
             Residual::Pre { mlp, .. } => {
-                let x = ops.add(x, &y)?;
+                let mut x = ops.add(x, &y)?;
+                if let Some(cross) = &self.cross {
+                    let y = cross.compute(ops, index, &ops.norm(&cross.norm, &x)?, sources)?;
+                    x = ops.add(x, &y)?;
+                }
                 let y = self.mlp.compute(ops, &ops.norm(mlp, &x)?)?;
                 ops.add(x, &y)
             }
@@ -90,7 +123,11 @@ impl<O: Ops> Layer<O> {
                 ops.add(x, &ops.norm(after, &y)?)
             }
             Residual::Summed { attention, mlp } => {
-                let x = ops.norm(attention, &ops.add(x, &y)?)?;
+                let mut x = ops.norm(attention, &ops.add(x, &y)?)?;
+                if let Some(cross) = &self.cross {
+                    let y = cross.compute(ops, index, &x, sources)?;
+                    x = ops.norm(&cross.norm, &ops.add(x, &y)?)?;
+                }
                 let y = self.mlp.compute(ops, &x)?;
                 ops.norm(mlp, &ops.add(x, &y)?)
             }
@@ -105,6 +142,13 @@ impl<O: Ops> Layer<O> {
                 ops.add(x, &ops.add(z, &y)?)
             }
         }
+    }
+}
+
+impl<O: Ops> Cross<O> {
+    fn compute(&self, ops: &O, index: usize, x: &O::Act, sources: &[Span<&O::Store>]) -> Result<O::Act> {
+        let mixed = ops.cross(&self.attention, index, &ops.linear(&self.queries, x)?, sources)?;
+        ops.linear(&self.out, &mixed)
     }
 }
 
@@ -142,11 +186,13 @@ pub(crate) struct Loader<'a, O> {
     read: u64,
     /// Bytes that the weights loaded so far take in memory.
     weight_bytes: u64,
+    /// The biases by distance that all layers share.
+    shared: Option<Arc<Relative>>,
 }
 
 impl<'a, O: Ops> Loader<'a, O> {
     pub fn new(ops: &'a O, spec: &'a DecoderSpec, weights: &'a Weights, progress: Option<&'a OnProgress>) -> Self {
-        Self { ops, spec, weights, progress, read: 0, weight_bytes: 0 }
+        Self { ops, spec, weights, progress, read: 0, weight_bytes: 0, shared: None }
     }
 
     /// Bytes that the weights loaded so far take in memory.
@@ -165,7 +211,29 @@ impl<'a, O: Ops> Loader<'a, O> {
         self.report()
     }
 
-    pub fn layer(&mut self, index: usize, attention: &Attention) -> Result<Layer<O>> {
+    /// Goes on with another part of the model; returns the last one.
+    pub fn turn(&mut self, spec: &'a DecoderSpec) -> &'a DecoderSpec {
+        self.shared = None;
+        std::mem::replace(&mut self.spec, spec)
+    }
+
+    /// Whether the file has a weight.
+    pub fn has(&self, name: &str) -> bool {
+        self.weights.contains(&format!("{name}.weight"))
+    }
+
+    /// The first of some names under which the file has a table.
+    pub fn table(&self, name: &'static str, aliases: &[&'static str]) -> &'static str {
+        [name].into_iter().chain(aliases.iter().copied()).find(|name| self.has(name)).unwrap_or(name)
+    }
+
+    /// Whether two names mean the same weight.
+    pub fn same(&self, one: &str, other: &str) -> Result<bool> {
+        Ok(one == other || self.weights.equal(&format!("{one}.weight"), &format!("{other}.weight"))?)
+    }
+
+    /// A layer, with attention to a source if `cross` says how.
+    pub fn layer(&mut self, index: usize, attention: &Attention, cross: Option<&spec::Cross>) -> Result<Layer<O>> {
         let spec = self.spec;
         let name = |part: &str| format!("{}{index}.{part}", spec.layer);
         let width = attention.heads * attention.head_dim;
@@ -194,14 +262,40 @@ impl<'a, O: Ops> Loader<'a, O> {
                 down: self.stack(name, &[(down, spec.hidden)], inner)?,
             },
         };
+        let cross = match cross {
+            Some(cross) => Some(Cross {
+                attention: cross.attention.clone(),
+                norm: self.norm(&name(cross.norm))?,
+                queries: self.stack(name, &[(cross.query, width)], spec.hidden)?,
+                kv: self.stack(name, &[(cross.key, kv_width), (cross.value, kv_width)], spec.hidden)?,
+                out: self.stack(name, &[(cross.out, spec.hidden)], width)?,
+            }),
+            None => None,
+        };
         Ok(Layer {
-            attention: attention.clone(),
+            attention: self.biased(name, attention)?,
+            cross,
             residual: spec.residual.try_map(|norm| self.norm(&name(norm)))?,
             qkv,
             qk_norms: self.qk_norms(name, attention)?,
             out: self.stack(name, &[(spec.out, spec.hidden)], width)?,
             mlp,
         })
+    }
+
+    /// The attention with the biases by distance that the file has for it.
+    fn biased(&mut self, name: impl Fn(&str) -> String, attention: &Attention) -> Result<Attention> {
+        let Positions::Relative { name: table, buckets, reach, each } = self.spec.positions else { return Ok(attention.clone()) };
+        let relative = match self.shared.take().filter(|_| !each) {
+            Some(shared) => shared,
+            None => {
+                let values = self.weights.values(&format!("{}.weight", name(table)), &[buckets, attention.heads])?;
+                let bucket = |distance| relative::bucket(distance, attention.sight == Sight::Full, buckets, reach);
+                Arc::new(Relative::new(attention.heads, reach, |head, distance| values[bucket(distance) * attention.heads + head]))
+            }
+        };
+        self.shared = Some(relative.clone());
+        Ok(Attention { bias: Bias::Relative(relative), ..attention.clone() })
     }
 
     fn experts(&mut self, name: impl Fn(&str) -> String + Copy, experts: &spec::Experts) -> Result<Mlp<O>> {
@@ -218,12 +312,10 @@ impl<'a, O: Ops> Loader<'a, O> {
         Ok(Mlp::Routed { router, top, renormalise, activation, experts: weights })
     }
 
-    /// A matrix of `outputs` times `inputs`, with the bias of that name: a table with a vector for each output, a head, a
-    /// projection outside of the layers.
-    pub fn matrix(&mut self, name: &str, outputs: usize, inputs: usize, bias: Option<&str>) -> Result<O::Weight> {
+    /// A matrix of `outputs` times `inputs`: a table with a vector for each output, a head, a projection outside of the layers.
+    pub fn matrix(&mut self, name: &str, outputs: usize, inputs: usize, bias: Option<&[f32]>) -> Result<O::Weight> {
         let matrix = self.weights.matrix(&format!("{name}.weight"), outputs, inputs, false)?;
-        let bias = bias.map(|bias| self.weights.vector(&format!("{bias}.bias"), outputs)).transpose()?;
-        self.pack(&[matrix], bias.as_deref())
+        self.pack(&[matrix], bias)
     }
 
     pub fn norm(&self, name: &str) -> Result<Norm<O::Vector>> {

@@ -2,6 +2,8 @@
 
 mod bin;
 mod decoder;
+mod encoder;
+mod entry;
 mod families;
 mod fields;
 mod kv;
@@ -9,6 +11,7 @@ mod kv;
 mod laws;
 mod layers;
 mod pickle;
+mod relative;
 mod rope;
 mod spec;
 #[cfg(test)]
@@ -168,7 +171,7 @@ mod tests {
             let logits = |file, dtype| {
                 let folder = tiny::write(&tiny::config(family), file);
                 let model = load(folder.path(), &LoadOptions { dtype: Some(dtype), ..LoadOptions::default() }).unwrap();
-                let mut cache = model.start(&[Start::default()]).unwrap().remove(0);
+                let mut cache = model.start(&[Start { source: &tiny::SOURCE, ..Start::default() }]).unwrap().remove(0);
                 let mut feed = [Feed { tokens: &[5, 6, 7, 8, 9, 10], cache: &mut *cache }];
                 model.forward(&mut feed, Want::Last).unwrap().logits.into_host().unwrap()
             };

@@ -1,4 +1,4 @@
-//! An architecture as data: all in which decoder-only families differ.
+//! An architecture as data: all in which families differ.
 
 use super::rope::Rotation;
 use crate::{
@@ -6,7 +6,7 @@ use crate::{
     kernels::{Activation, Attention, StoreShape},
 };
 
-/// What a family's decoder is made of. Names are those of the checkpoint's tensors, without `.weight` and `.bias`.
+/// What a family's decoder is made of, or its encoder. Names are those of the checkpoint's tensors, without `.weight` and `.bias`.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct DecoderSpec {
     /// The family, `model_type` in `config.json`.
@@ -15,10 +15,12 @@ pub(crate) struct DecoderSpec {
     pub base: &'static str,
     pub vocab: usize,
     pub hidden: usize,
+    /// The table of embeddings, and names that files have in its place.
     pub embedding: &'static str,
+    pub aliases: &'static [&'static str],
     /// Factor on the embeddings.
     pub embedding_scale: Option<f32>,
-    /// A norm of the embeddings.
+    /// A norm of the embeddings, with positions where these are vectors.
     pub embedding_norm: Option<&'static str>,
     /// Where embeddings and head have another width than the layers.
     pub projection: Option<Projection>,
@@ -40,8 +42,35 @@ pub(crate) struct DecoderSpec {
     pub residual: Residual,
     pub final_norm: Option<&'static str>,
     pub head: Head,
+    /// Factor on what the head is given.
+    pub head_scale: Option<f32>,
+    /// Added to the logits, where the file has it: the tensor's whole name.
+    pub logits_bias: Option<&'static str>,
     /// `cap * tanh(v / cap)` on the logits.
     pub softcap: Option<f32>,
+    /// What reads a source, in an encoder-decoder model.
+    pub encoder: Option<Box<Encoder>>,
+}
+
+/// What an encoder-decoder model has beside its decoder.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Encoder {
+    /// The encoder itself. It has no head of its own, and no encoder.
+    pub stack: DecoderSpec,
+    /// How each layer of the decoder looks at the source, with as many heads as it looks at the row with.
+    pub cross: Cross,
+}
+
+/// The attention of a decoder's layer to the source, between the one to the row and the feed-forward part. Its norm stands where those
+/// of the layer do: before it or, in a layer that norms sums, after.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Cross {
+    pub attention: Attention,
+    pub norm: &'static str,
+    pub query: Linear,
+    pub key: Linear,
+    pub value: Linear,
+    pub out: Linear,
 }
 
 impl DecoderSpec {
@@ -64,8 +93,21 @@ pub(crate) enum Positions {
     Learned { name: &'static str, skip: usize, len: usize },
     /// Queries and keys are rotated: those of layer `i` by the rotation `layers[i]`, if it has one. Trained on `trained` positions.
     Rope { rotations: Vec<Rotation>, layers: Vec<Option<usize>>, trained: usize },
+    /// Sines and cosines, added to the embeddings; trained on `trained` positions. Of a file that has the table, its own.
+    Waves { waves: Waves, stored: Option<&'static str>, trained: usize },
+    /// By numbers for each head and bucket of distances: a tensor of every layer or of the first one, which is all layers' then.
+    Relative { name: &'static str, buckets: usize, reach: usize, each: bool },
     /// By the attention's biases alone; trained on `trained` positions, if the config says so.
     Alibi { trained: Option<usize> },
+}
+
+/// How the sines and cosines of positions are spaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Waves {
+    /// Those of "Attention Is All You Need", sines before cosines. The reference has no more than it was trained on.
+    Plain,
+    /// Fairseq's: the slowest turns once in 2 pi * 10000 positions, the first so many are not used, and there is no last one.
+    Fairseq { skip: usize },
 }
 
 /// Projections, without biases, between embeddings of `width` and the layers.

@@ -4,7 +4,7 @@
 use super::{
     families,
     fields::Fields,
-    spec::{DecoderSpec, Extent, Head, Layout, Linear, Mlp, Norm, NormKind, Positions, Projection, QkNorm, Qkv},
+    spec::{Cross, DecoderSpec, Encoder, Extent, Head, Layout, Linear, Mlp, Norm, NormKind, Positions, Projection, QkNorm, Qkv},
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -14,7 +14,7 @@ use std::{collections::BTreeMap, path::Path};
 use tempfile::TempDir;
 
 /// One of each family, and of each variant that is computed differently.
-pub(crate) const FAMILIES: [&str; 28] = [
+pub(crate) const FAMILIES: [&str; 38] = [
     "gpt2",
     "gpt_neox",
     "gpt_neox-serial",
@@ -43,7 +43,20 @@ pub(crate) const FAMILIES: [&str; 28] = [
     "olmo2",
     "mixtral",
     "qwen3_moe",
+    "t5",
+    "t5-gated",
+    "mt5",
+    "umt5",
+    "bart",
+    "mbart",
+    "marian",
+    "marian-apart",
+    "pegasus",
+    "m2m_100",
 ];
+
+/// What the encoders of tests read.
+pub(crate) const SOURCE: [u32; 5] = [7, 31, 2, 19, 44];
 
 /// Tensors by name, with shape and values.
 pub(crate) type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
@@ -78,6 +91,8 @@ pub(crate) fn config(family: &str) -> Value {
             "sliding_window": 6, "original_max_position_embeddings": 20, "partial_rotary_factor": 0.75,
             "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [2.0, 4.0, 8.0]},
         }),
+        ("t5", "gated") => json!({"feed_forward_proj": "gated-gelu", "tie_word_embeddings": false, "num_decoder_layers": 3, "num_layers": 2}),
+        ("marian", "apart") => json!({"share_encoder_decoder_embeddings": false, "vocab_size": 57, "decoder_vocab_size": 61}),
         ("smollm3", _) => json!({"no_rope_layer_interval": 2}),
         ("mixtral", _) => json!({"sliding_window": 6, "num_local_experts": 4}),
         ("qwen3_moe", _) => json!({
@@ -88,6 +103,15 @@ pub(crate) fn config(family: &str) -> Value {
     let mut config = match model_type {
         "gpt2" => json!({"model_type": "gpt2", "vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 40}),
         "bloom" => json!({"model_type": "bloom", "vocab_size": 61, "hidden_size": 36, "n_layer": 3, "n_head": 6}),
+        "t5" | "mt5" | "umt5" => json!({
+            "model_type": model_type, "vocab_size": 61, "d_model": 32, "d_ff": 48, "num_layers": 3, "num_heads": 4, "d_kv": 6,
+            "relative_attention_num_buckets": 8, "relative_attention_max_distance": 9,
+        }),
+        "bart" | "mbart" | "marian" | "pegasus" | "m2m_100" => json!({
+            "model_type": model_type, "vocab_size": 61, "d_model": 32, "encoder_ffn_dim": 40, "decoder_ffn_dim": 48, "encoder_layers": 2,
+            "decoder_layers": 3, "encoder_attention_heads": 2, "decoder_attention_heads": 4, "max_position_embeddings": 40,
+            "scale_embedding": true,
+        }),
         _ => json!({
             "model_type": model_type, "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "ffn_dim": 48, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 40,
@@ -104,29 +128,22 @@ pub(crate) fn config(family: &str) -> Value {
 pub(crate) fn tensors(config: &Value) -> Tensors {
     let spec = families::spec(&Fields::new(config.as_object().unwrap().clone())).unwrap();
     let mut random = Random { rng: ChaCha8Rng::seed_from_u64(7), tensors: Tensors::new() };
-    let table = |name: &str| format!("{}{name}.weight", spec.base);
-    random.add(table(spec.embedding), vec![spec.vocab, spec.outer()]);
-    if let Some(name) = spec.embedding_norm {
-        random.norm(spec.norm, &format!("{}{name}", spec.base), spec.hidden);
-    }
-    if let Some(Projection { width, inward, outward }) = spec.projection {
-        random.add(table(inward), vec![spec.hidden, width]);
-        random.add(table(outward), vec![width, spec.hidden]);
-    }
-    if let Positions::Learned { name, skip, len } = spec.positions {
-        random.add(table(name), vec![skip + len, spec.hidden]);
-    }
-    for index in 0..spec.attention.len() {
-        random.layer(&spec, index);
-    }
-    if let Some(name) = spec.final_norm {
-        random.norm(spec.norm, &format!("{}{name}", spec.base), spec.hidden);
+    random.add(format!("{}{}.weight", spec.base, spec.embedding), vec![spec.vocab, spec.outer()]);
+    random.stack(&spec, spec.encoder.as_ref().map(|encoder| &encoder.cross));
+    if let Some(Encoder { stack, .. }) = spec.encoder.as_deref() {
+        if stack.aliases.is_empty() {
+            random.add(format!("{}{}.weight", stack.base, stack.embedding), vec![stack.vocab, stack.hidden]);
+        }
+        random.stack(stack, None);
     }
     if let Head::Own(Linear { name, bias }) = spec.head {
         random.add(format!("{name}.weight"), vec![spec.vocab, spec.outer()]);
         if bias {
             random.add(format!("{name}.bias"), vec![spec.vocab]);
         }
+    }
+    if let Some(name) = spec.logits_bias {
+        random.add(name.to_owned(), vec![1, spec.vocab]);
     }
     random.tensors
 }
@@ -167,7 +184,28 @@ impl Random {
         }
     }
 
-    fn layer(&mut self, spec: &DecoderSpec, index: usize) {
+    /// All but the table and the head.
+    fn stack(&mut self, spec: &DecoderSpec, cross: Option<&Cross>) {
+        let table = |name: &str| format!("{}{name}.weight", spec.base);
+        if let Some(name) = spec.embedding_norm {
+            self.norm(spec.norm, &format!("{}{name}", spec.base), spec.hidden);
+        }
+        if let Some(Projection { width, inward, outward }) = spec.projection {
+            self.add(table(inward), vec![spec.hidden, width]);
+            self.add(table(outward), vec![width, spec.hidden]);
+        }
+        if let Positions::Learned { name, skip, len } = spec.positions {
+            self.add(table(name), vec![skip + len, spec.hidden]);
+        }
+        for index in 0..spec.attention.len() {
+            self.layer(spec, cross, index);
+        }
+        if let Some(name) = spec.final_norm {
+            self.norm(spec.norm, &format!("{}{name}", spec.base), spec.hidden);
+        }
+    }
+
+    fn layer(&mut self, spec: &DecoderSpec, cross: Option<&Cross>, index: usize) {
         let attention = &spec.attention[index];
         let (width, kv_width) = (attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim);
         let mut linears = vec![(spec.out, spec.hidden, width)];
@@ -187,6 +225,16 @@ impl Random {
             }
         }
         let prefix = format!("{}{}{index}.", spec.base, spec.layer);
+        if let Some(Cross { norm, query, key, value, out, .. }) = cross {
+            linears.extend([(*query, width, spec.hidden), (*key, kv_width, spec.hidden), (*value, kv_width, spec.hidden)]);
+            linears.push((*out, spec.hidden, width));
+            self.norm(spec.norm, &format!("{prefix}{norm}"), spec.hidden);
+        }
+        if let Positions::Relative { name, buckets, each, .. } = spec.positions
+            && (each || index == 0)
+        {
+            self.add(format!("{prefix}{name}.weight"), vec![buckets, attention.heads]);
+        }
         if let Some(experts) = spec.experts.as_ref().filter(|experts| experts.layers[index]) {
             // Beside the dense part, which is not read then.
             self.add(format!("{prefix}{}.weight", experts.router), vec![experts.count, spec.hidden]);

@@ -125,7 +125,12 @@ impl Weights {
 
     /// A vector of `len` values, widened.
     pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
-        let (dtype, bytes) = self.tensor(name, &[len])?;
+        self.values(name, &[len])
+    }
+
+    /// All values of a tensor, widened.
+    pub fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let (dtype, bytes) = self.tensor(name, shape)?;
         Ok(match dtype {
             DType::BF16 => bytes.as_chunks().0.iter().map(|&value| bf16::from_le_bytes(value).to_f32()).collect(),
             DType::F16 => bytes.as_chunks().0.iter().map(|&value| f16::from_le_bytes(value).to_f32()).collect(),

@@ -263,6 +263,10 @@ impl<'a> Check<'a> {
             _ if other.is_encoder_decoder && !own.is_encoder_decoder => {
                 "it has an encoder, which this model has not; accepted is a decoder-only model".to_owned()
             }
+            // HF: such a model reads the encoder's states there, if its class can; otherwise it writes without the source.
+            _ if own.is_encoder_decoder && !other.is_encoder_decoder => {
+                "it has no encoder to read the source; accepted is an encoder-decoder model".to_owned()
+            }
             _ if other.vocab_size == 0 => "it has no logits; accepted is a model with a vocabulary".to_owned(),
             (Some(own), Some(other)) if own.same_vocabulary(other) => return,
             (Some(_), Some(_)) => "its tokenizer has another vocabulary; accepted is a model with the same".to_owned(),
@@ -466,6 +470,17 @@ impl<'a> Check<'a> {
             self.refuse("token_healing", true, "it needs a tokenizer, and the generator has none");
         }
         heals
+    }
+
+    pub fn decoder_input_ids(&mut self) -> Vec<Vec<u32>> {
+        let (field, prompts) = ("decoder_input_ids", self.config.decoder_input_ids.clone().unwrap_or_default());
+        if self.config.decoder_input_ids.is_some() && !self.info.is_encoder_decoder {
+            self.refuse(field, json!(prompts), "for encoder-decoder models; a decoder-only model continues its prompt");
+        } else if self.config.decoder_input_ids.is_some() && (prompts.is_empty() || prompts.iter().any(Vec::is_empty)) {
+            self.refuse(field, json!(prompts), "accepted is a list of ids, or one for each prompt, none of them empty");
+        }
+        self.ids(field, prompts.iter().flatten().map(|&id| id.into()));
+        prompts
     }
 
     pub fn decoder_start(&mut self) -> Vec<u32> {

@@ -77,6 +77,8 @@ pub struct Plan {
     pub bos: Option<u32>,
     /// The first id of an encoder-decoder model's rows: one for all, or one for each prompt. Empty for other models.
     pub decoder_start: Vec<u32>,
+    /// What follows it: the same for all, or for each prompt its own.
+    pub decoder_input_ids: Vec<Vec<u32>>,
     /// Under classifier-free guidance what rows begin with in their second context: one for all, or one for each prompt; each prompt's
     /// last token if there is none.
     pub negative: Option<Vec<Vec<u32>>>,
@@ -238,6 +240,7 @@ impl Plan {
             token_healing: check.token_healing(),
             bos: config.bos_token_id.and_then(|id| u32::try_from(id).ok()),
             decoder_start: check.decoder_start(),
+            decoder_input_ids: check.decoder_input_ids(),
             negative: guided.then(Vec::new),
             explanation: Explanation::new(&merged, info, &processors, &eos),
             processors,
@@ -277,6 +280,15 @@ impl Plan {
     pub fn room(&self, max_length: usize) -> Room {
         // A candidate is computed before it is chosen, the last one too.
         self.capacity.room(max_length.saturating_add(usize::from(self.candidates() > 1)))
+    }
+
+    /// What the row of a prompt begins with in an encoder-decoder model.
+    // HF: the start token is put before all rows of a batch or before none, as none or some have it; here before each that lacks it.
+    pub fn begin(&self, index: usize) -> Option<Vec<u32>> {
+        let start = *self.decoder_start.get(index).or(self.decoder_start.first())?;
+        let prompt = self.decoder_input_ids.get(index).or(self.decoder_input_ids.first()).map_or(&[][..], Vec::as_slice);
+        let start = if prompt.first() == Some(&start) { None } else { Some(start) };
+        Some(start.into_iter().chain(prompt.iter().copied()).collect())
     }
 
     /// What the second context of a row begins with, if it has one.

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     cache::{PAGE, Pages},
     error::Result,
-    kernels::{Alibi, Attention, Span, Store},
+    kernels::{Attention, HeadBias, Span, Store},
 };
 use std::{array::from_fn, ops::Range, sync::Arc};
 
@@ -22,10 +22,34 @@ const SPAN: usize = 256;
 /// About as many queries share a reading of a span.
 const QUERIES: usize = 48;
 
-/// Writes the keys and values of all tokens to their rows' stores.
-pub(super) fn write(attention: &Attention, layer: usize, qkv: &[f32], rows: &mut [Span<'_, Pages>]) -> Result<()> {
+/// A row whose positions are read.
+pub(super) struct Reader<'a> {
+    /// Its first token among the pass's.
+    first: usize,
+    count: usize,
+    /// The position of its first token.
+    start: usize,
+    /// Positions that are there.
+    len: usize,
+    store: &'a Pages,
+}
+
+impl<'a> Reader<'a> {
+    /// A row that reads what it held and has just written.
+    pub(super) fn own(span: &'a Span<&mut Pages>) -> Self {
+        let start = span.store.len();
+        Self { first: span.first, count: span.count, start, len: start + span.count, store: span.store }
+    }
+
+    /// A row that reads another's positions.
+    pub(super) fn other(span: &Span<&'a Pages>) -> Self {
+        Self { first: span.first, count: span.count, start: 0, len: span.store.len(), store: span.store }
+    }
+}
+
+/// Writes the keys and values of all tokens, the last of their `width` columns, to their rows' stores.
+pub(super) fn write(attention: &Attention, layer: usize, x: &[f32], width: usize, rows: &mut [Span<&mut Pages>]) -> Result<()> {
     let (dim, kv_heads) = (attention.head_dim, attention.kv_heads);
-    let width = (attention.heads + 2 * kv_heads) * dim;
     for row in rows {
         let (start, end) = (row.store.len(), row.store.len() + row.count);
         debug_assert_eq!((row.store.shape().kv_heads, row.store.shape().head_dim), (kv_heads, dim));
@@ -34,8 +58,8 @@ pub(super) fn write(attention: &Attention, layer: usize, qkv: &[f32], rows: &mut
             let first = (start / PAGE + i) * PAGE;
             let page = Arc::make_mut(&mut page[0]);
             for position in start.max(first)..end.min(first + PAGE) {
-                let token = &qkv[(row.first + position - start) * width..][..width];
-                let (keys, values) = token[attention.heads * dim..].split_at(kv_heads * dim);
+                let token = &x[(row.first + position - start) * width..][..width];
+                let (keys, values) = token[width - 2 * kv_heads * dim..].split_at(kv_heads * dim);
                 for (head, (key, value)) in keys.chunks(dim).zip(values.chunks(dim)).enumerate() {
                     page.write(layer, head, position - first, key, value);
                 }
@@ -45,10 +69,10 @@ pub(super) fn write(attention: &Attention, layer: usize, qkv: &[f32], rows: &mut
     Ok(())
 }
 
-/// The attention of all tokens, `(tokens, heads * head_dim)`, after their keys and values are written.
-pub(super) fn attend(level: Level, attention: &Attention, layer: usize, qkv: &[f32], rows: &[Span<'_, Pages>]) -> Vec<f32> {
+/// The attention of all tokens, whose queries are the first of their `width` columns, `(tokens, heads * head_dim)`.
+pub(super) fn attend(level: Level, attention: &Attention, layer: usize, x: &[f32], width: usize, rows: &[Reader<'_>]) -> Vec<f32> {
     let Attention { heads, kv_heads, head_dim: dim, .. } = *attention;
-    let (group, width) = (heads / kv_heads, (heads + 2 * kv_heads) * dim);
+    let group = heads / kv_heads;
     let block = (QUERIES / group).max(1);
     let mut jobs = Vec::new();
     for row in rows {
@@ -56,18 +80,21 @@ pub(super) fn attend(level: Level, attention: &Attention, layer: usize, qkv: &[f
             for head in 0..kv_heads {
                 let queries = (first..row.count.min(first + block)).flat_map(|token| (0..group).map(move |g| (token, head * group + g)));
                 let queries = queries.map(|(token, head)| {
-                    let end = row.store.len() + token + 1;
-                    let start = attention.window.map_or(0, |window| end.saturating_sub(window));
+                    let position = row.start + token;
                     let token = row.first + token;
-                    let alibi = attention.alibi.get(head).copied();
-                    Query { x: &qkv[token * width + head * dim..][..dim], seen: start..end, to: token * heads + head, alibi }
+                    Query {
+                        x: &x[token * width + head * dim..][..dim],
+                        seen: attention.sight.of(position, row.len),
+                        to: token * heads + head,
+                        bias: attention.bias.of(head, position),
+                    }
                 });
                 jobs.push(Job { level, attention, layer, head, store: row.store, queries: queries.collect() });
             }
         }
     }
     let results = threads::map(jobs.len(), jobs.iter().map(Job::work).sum(), |i| jobs[i].attend());
-    let mut y = vec![0.0; qkv.len() / width * heads * dim];
+    let mut y = vec![0.0; x.len() / width * heads * dim];
     for (job, result) in jobs.iter().zip(&results) {
         for ((query, row), sum) in job.queries.iter().zip(result.rows.chunks(job.width())).zip(&result.sum) {
             for (y, x) in y[query.to * dim..][..dim].iter_mut().zip(row) {
@@ -85,7 +112,7 @@ struct Query<'a> {
     seen: Range<usize>,
     /// Its place in the result.
     to: usize,
-    alibi: Option<Alibi>,
+    bias: HeadBias<'a>,
 }
 
 /// Queries of one row that share a key-value head.
@@ -235,7 +262,7 @@ impl Work<'_> {
         let first = start / PAGE * PAGE;
         let scores = &mut self.scores[i * SPAN..][first..end.next_multiple_of(PAGE)];
         let Attention { scale, softcap, .. } = *self.job.attention;
-        let bias = self.job.queries[i].alibi.map(|alibi| (alibi, self.pages * PAGE + first));
+        let bias = (self.job.queries[i].bias, self.pages * PAGE + first);
         (self.part.max[i], self.part.sum[i]) =
             self.job.level.run(Soften { scores, seen: start - first..end - first, scale, softcap, bias });
     }
@@ -284,7 +311,7 @@ struct Soften<'a> {
     scale: f32,
     softcap: Option<f32>,
     /// With the position of the first score.
-    bias: Option<(Alibi, usize)>,
+    bias: (HeadBias<'a>, usize),
 }
 
 impl Task for Soften<'_> {
@@ -301,11 +328,7 @@ impl Task for Soften<'_> {
                 *score = cap * math::tanh(*score / cap);
             }
         }
-        if let Some((alibi, first)) = bias {
-            for (position, score) in (first..).zip(scores.iter_mut()) {
-                *score += alibi.at(position);
-            }
-        }
+        bias.0.add(scores, bias.1);
         // Also hides what an unwritten or later position holds.
         scores[..seen.start].fill(f32::NEG_INFINITY);
         scores[seen.end..].fill(f32::NEG_INFINITY);
@@ -329,7 +352,7 @@ mod tests {
     use super::super::{Act, CpuOps, isa::tests::vectorised, noise};
     use super::*;
     use crate::{
-        kernels::{Ops, Rope, StoreShape},
+        kernels::{Alibi, Bias, Ops, Relative, Rope, Sight, StoreShape},
         model::Room,
     };
 
@@ -343,7 +366,7 @@ mod tests {
     impl Case {
         fn new(heads: usize, kv_heads: usize, head_dim: usize, pairs: usize) -> Self {
             let scale = 1.7 / (head_dim as f32).sqrt();
-            let attention = Attention { heads, kv_heads, head_dim, scale, softcap: None, window: None, alibi: [].into() };
+            let attention = Attention { heads, kv_heads, head_dim, scale, softcap: None, sight: Sight::Causal, bias: Bias::None };
             let inv_freq = (0..pairs).map(|i| 0.3f32.powi(i as i32)).collect();
             Self { attention, rope: (pairs > 0).then_some(Rope { inv_freq, scale: 1.1 }), level: Level::best() }
         }
@@ -397,7 +420,7 @@ mod tests {
 
         /// The definition, in f64.
         fn reference(&self, tokens: &[f32]) -> Vec<f64> {
-            let &Attention { heads, kv_heads, head_dim: dim, scale, softcap, window, .. } = &self.attention;
+            let &Attention { heads, kv_heads, head_dim: dim, scale, softcap, sight, .. } = &self.attention;
             let head = |token: usize, head: usize| -> Vec<f64> {
                 let mut x: Vec<f64> = tokens[token * self.width() + head * dim..][..dim].iter().map(|&x| f64::from(x)).collect();
                 if let Some(rope) = self.rope.as_ref().filter(|_| head < heads + kv_heads) {
@@ -415,11 +438,15 @@ mod tests {
             let mut y = Vec::new();
             for (token, q) in (0..tokens.len() / self.width()).flat_map(|token| (0..heads).map(move |q| (token, q))) {
                 let kv = q / (heads / kv_heads);
-                let seen: Vec<usize> = (window.map_or(0, |window| (token + 1).saturating_sub(window))..=token).collect();
+                let seen: Vec<usize> = sight.of(token, tokens.len() / self.width()).collect();
                 let score = |&at: &usize| {
                     let score = dot(&head(token, q), &head(at, heads + kv)) * f64::from(scale);
-                    let bias = self.attention.alibi.get(q).map_or(0.0, |alibi| f64::from(alibi.at(at)) - f64::from(alibi.at(token)));
-                    (bias + softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())).exp()
+                    let bias = |at| {
+                        let mut bias = [0.0];
+                        self.attention.bias.of(q, token).add(&mut bias, at);
+                        f64::from(bias[0])
+                    };
+                    (bias(at) - bias(token) + softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())).exp()
                 };
                 let weights: Vec<f64> = seen.iter().map(score).collect();
                 let values: Vec<Vec<f64>> = seen.iter().map(|&at| head(at, heads + kv_heads + kv)).collect();
@@ -434,16 +461,18 @@ mod tests {
     fn cases() -> Vec<(Case, usize)> {
         let mut capped = Case::new(6, 2, 8, 4);
         capped.attention.softcap = Some(0.5);
-        capped.attention.window = Some(5);
+        capped.attention.sight = Sight::Window(5);
         let mut windowed = Case::new(2, 1, 4, 1);
-        windowed.attention.window = Some(270);
+        windowed.attention.sight = Sight::Window(270);
         let mut narrow = Case::new(2, 2, 4, 0);
-        narrow.attention.window = Some(20);
+        narrow.attention.sight = Sight::Window(20);
         let biased = |coarse| {
             let mut case = Case::new(3, 1, 4, 0);
-            case.attention.alibi = [0.25, 0.01, 0.7].map(|slope| Alibi { slope, scale: 0.5, coarse }).into();
+            case.attention.bias = Bias::Alibi([0.25, 0.01, 0.7].map(|slope| Alibi { slope, scale: 0.5, coarse }).into());
             case
         };
+        let mut distant = Case::new(4, 2, 8, 0);
+        distant.attention.bias = Bias::Relative(Relative::new(4, 9, |head, distance| (head as f32 - 1.5) * distance as f32 / 9.0).into());
         vec![
             (Case::new(9, 3, 16, 8), 40),
             (Case::new(4, 4, 20, 3), 35),
@@ -453,6 +482,7 @@ mod tests {
             (Case::new(8, 1, 32, 16), 18),
             (biased(false), 270),
             (biased(true), 270),
+            (distant, 270),
         ]
     }
 

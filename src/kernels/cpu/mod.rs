@@ -18,6 +18,7 @@ use crate::{
     error::Result,
     model::{Room, Values},
 };
+use attention::Reader;
 use isa::Level;
 use std::ops::Range;
 
@@ -134,15 +135,27 @@ impl Ops for CpuOps {
         layer: usize,
         mut qkv: Act,
         angles: Option<&rope::Angles>,
-        rows: &mut [Span<'_, Pages>],
+        rows: &mut [Span<&mut Pages>],
     ) -> Result<Act> {
         debug_assert_eq!(qkv.width, (attention.heads + 2 * attention.kv_heads) * attention.head_dim);
         if let Some(angles) = angles {
             rope::rotate(self.level, attention, angles, &mut qkv.data);
         }
-        attention::write(attention, layer, &qkv.data, rows)?;
-        let data = attention::attend(self.level, attention, layer, &qkv.data, rows);
+        attention::write(attention, layer, &qkv.data, qkv.width, rows)?;
+        let rows: Vec<_> = rows.iter().map(Reader::own).collect();
+        let data = attention::attend(self.level, attention, layer, &qkv.data, qkv.width, &rows);
         Ok(Act { data, width: attention.heads * attention.head_dim })
+    }
+
+    fn fill(&self, attention: &Attention, layer: usize, kv: &Act, rows: &mut [Span<&mut Pages>]) -> Result<()> {
+        debug_assert_eq!(kv.width, 2 * attention.kv_heads * attention.head_dim);
+        attention::write(attention, layer, &kv.data, kv.width, rows)
+    }
+
+    fn cross(&self, attention: &Attention, layer: usize, queries: &Act, rows: &[Span<&Pages>]) -> Result<Act> {
+        debug_assert_eq!(queries.width, attention.heads * attention.head_dim);
+        let rows: Vec<_> = rows.iter().map(Reader::other).collect();
+        Ok(Act { data: attention::attend(self.level, attention, layer, &queries.data, queries.width, &rows), width: queries.width })
     }
 
     fn select(&self, x: &Act, indices: &[usize]) -> Result<Act> {
@@ -180,6 +193,7 @@ fn noise(count: usize, seed: u64) -> Vec<f32> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::kernels::{Bias, Sight};
     use candle_core::DType;
 
     #[test]
@@ -228,7 +242,8 @@ mod tests {
     fn a_full_store_refuses_by_name() {
         let ops = CpuOps::new();
         let mut store = ops.store(StoreShape { layers: 1, kv_heads: 1, head_dim: 2 }, Room::Reserve(1)).unwrap();
-        let attention = Attention { heads: 1, kv_heads: 1, head_dim: 2, scale: 1.0, softcap: None, window: None, alibi: [].into() };
+        let (sight, bias) = (Sight::Causal, Bias::None);
+        let attention = Attention { heads: 1, kv_heads: 1, head_dim: 2, scale: 1.0, softcap: None, sight, bias };
         let qkv = Act { data: vec![0.5; 12], width: 6 };
         let error = ops.attend(&attention, 0, qkv, None, &mut [Span { first: 0, count: 2, store: &mut store }]).unwrap_err();
         assert_eq!(error.to_string(), "invalid generation config: max_cache_len = 1: 2 positions are needed");

@@ -3,7 +3,7 @@
 use super::{activation, head, kv_heads, share};
 use crate::{
     error::{Error, Result},
-    kernels::{Activation, Alibi, Attention},
+    kernels::{Activation, Alibi, Attention, Bias, Sight},
     models::{
         fields::{COUNT, Fields, WIDTH},
         rope::{Heads, rope},
@@ -135,7 +135,7 @@ pub(super) fn opt(config: &Fields) -> Result<DecoderSpec> {
 pub(super) fn bloom(config: &Fields) -> Result<DecoderSpec> {
     let hidden = config.size(config.either("n_embed", "hidden_size"), 64, WIDTH)?;
     let mut attention = attention(config, hidden, config.either("num_attention_heads", "n_head"), 8)?;
-    attention.alibi = slopes(attention.heads).map(|slope| Alibi { slope, scale: 1.0, coarse: false }).collect();
+    attention.bias = Bias::Alibi(slopes(attention.heads).map(|slope| Alibi { slope, scale: 1.0, coarse: false }).collect());
     let shape = Shape {
         family: "bloom",
         vocab: config.size("vocab_size", 250_880, WIDTH)?,
@@ -183,7 +183,7 @@ pub(super) fn falcon(config: &Fields) -> Result<DecoderSpec> {
         // HF: its biases are rounded to bf16 whatever the arithmetic. Its eager attention adds them twice; its default, scaled
         // dot-product attention, once, as the models were trained, and so it is here.
         let biases = slopes(attention.heads).map(|slope| Alibi { slope, scale: attention.scale, coarse: true });
-        attention.alibi = biases.collect();
+        attention.bias = Bias::Alibi(biases.collect());
         Positions::Alibi { trained: Some(trained) }
     } else {
         rotary(config, attention.head_dim, layers, trained, WHOLE)?
@@ -303,7 +303,7 @@ pub(super) fn starcoder2(config: &Fields) -> Result<DecoderSpec> {
     let hidden = config.size("hidden_size", 3072, WIDTH)?;
     let mut attention = attention(config, hidden, "num_attention_heads", 24)?;
     attention.kv_heads = kv_heads(config, "num_key_value_heads", attention.heads, Some(2))?;
-    attention.window = config.optional_size("sliding_window", None, WIDTH)?;
+    attention.sight = config.optional_size("sliding_window", None, WIDTH)?.map_or(Sight::Causal, Sight::Window);
     let bias = config.flag("use_bias", true)?;
     let linear = |name| Linear { name, bias };
     let layers = config.size("num_hidden_layers", 30, COUNT)?;
@@ -352,6 +352,7 @@ fn classic(shape: Shape) -> DecoderSpec {
         vocab: shape.vocab,
         hidden: shape.hidden,
         embedding: "embed_tokens",
+        aliases: &[],
         embedding_scale: None,
         embedding_norm: None,
         projection: None,
@@ -368,7 +369,10 @@ fn classic(shape: Shape) -> DecoderSpec {
         residual: SERIAL,
         final_norm: Some("norm"),
         head: shape.head,
+        head_scale: None,
+        logits_bias: None,
         softcap: None,
+        encoder: None,
     }
 }
 
@@ -377,7 +381,7 @@ fn attention(config: &Fields, hidden: usize, field: &str, default: usize) -> Res
     let heads = config.size(field, default, COUNT)?;
     let head_dim = share(config, field, hidden, heads)?;
     let scale = (head_dim as f64).powf(-0.5) as f32;
-    Ok(Attention { heads, kv_heads: heads, head_dim, scale, softcap: None, window: None, alibi: [].into() })
+    Ok(Attention { heads, kv_heads: heads, head_dim, scale, softcap: None, sight: Sight::Causal, bias: Bias::None })
 }
 
 /// How heads turn unless the config says otherwise.

@@ -2,6 +2,7 @@
 
 mod classic;
 mod rotary;
+mod seq2seq;
 
 use super::{
     fields::{COUNT, Fields},
@@ -9,12 +10,12 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    kernels::{Activation, Attention},
+    kernels::{Activation, Attention, Sight},
 };
 
 type Family = fn(&Fields) -> Result<DecoderSpec>;
 
-const FAMILIES: [(&str, Family); 21] = [
+const FAMILIES: [(&str, Family); 29] = [
     ("gpt2", classic::gpt2),
     ("gpt_neox", classic::gpt_neox),
     ("opt", classic::opt),
@@ -36,21 +37,31 @@ const FAMILIES: [(&str, Family); 21] = [
     ("olmo2", rotary::olmo2),
     ("mixtral", rotary::mixtral),
     ("qwen3_moe", rotary::qwen3_moe),
+    ("t5", seq2seq::t5),
+    ("mt5", seq2seq::mt5),
+    ("umt5", seq2seq::umt5),
+    ("bart", seq2seq::bart),
+    ("mbart", seq2seq::mbart),
+    ("marian", seq2seq::marian),
+    ("pegasus", seq2seq::pegasus),
+    ("m2m_100", seq2seq::m2m_100),
 ];
-
-const ENCODER_DECODERS: [&str; 8] = ["t5", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "m2m_100"];
 
 /// What the decoder of a checkpoint is made of.
 pub(crate) fn spec(config: &Fields) -> Result<DecoderSpec> {
     let name = config.text("model_type", "")?;
-    if config.flag("is_encoder_decoder", false)? || ENCODER_DECODERS.contains(&name) {
-        return Err(Error::Unsupported(format!("model_type {name:?}: encoder-decoder models are not built yet")));
-    }
     if config.has("quantization_config") {
         return Err(Error::Unsupported("quantization_config: weights quantised by other tools are not read".into()));
     }
     match FAMILIES.iter().find(|(family, _)| *family == name) {
-        Some((_, family)) => family(config),
+        Some((_, family)) => {
+            let spec = family(config)?;
+            let both = spec.encoder.is_some();
+            match config.flag("is_encoder_decoder", both)? {
+                flag if flag == both => Ok(spec),
+                flag => Err(Error::Unsupported(format!("model_type {name:?} with is_encoder_decoder = {flag}"))),
+            }
+        }
         None => {
             let known = FAMILIES.map(|(family, _)| family).join(", ");
             Err(config.error("model_type", format_args!("{name:?}"), &format!("known are {known}")))
@@ -99,14 +110,19 @@ fn windows(config: &Fields, attention: &mut [Attention], window: Option<usize>, 
         };
         if sliding {
             let window = window.ok_or_else(|| config.error("sliding_window", "null", "layers with sliding attention need a number"))?;
-            attention.window = Some(window);
+            attention.sight = Sight::Window(window);
         }
     }
     Ok(())
 }
 
 fn activation(config: &Fields, field: &str, default: &str) -> Result<Activation> {
-    match config.text(field, default)? {
+    activation_named(config, field, config.text(field, default)?)
+}
+
+/// The activation that part of a field names.
+fn activation_named(config: &Fields, field: &str, name: &str) -> Result<Activation> {
+    match name {
         "silu" | "swish" => Ok(Activation::Silu),
         "gelu" => Ok(Activation::Gelu),
         "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
@@ -140,7 +156,8 @@ mod tests {
     }
 
     fn windows(spec: &DecoderSpec) -> Vec<Option<usize>> {
-        spec.attention.iter().map(|attention| attention.window).collect()
+        let window = |attention: &Attention| if let Sight::Window(window) = attention.sight { Some(window) } else { None };
+        spec.attention.iter().map(window).collect()
     }
 
     #[track_caller]
@@ -205,7 +222,7 @@ mod tests {
         for family in ["mistral", "phi3", "mixtral", "qwen3_moe"] {
             assert_eq!(windows(&with(family, json!({})).unwrap()), [Some(6); 3]);
             assert_eq!(windows(&with(family, json!({"sliding_window": null})).unwrap()), [None; 3]);
-            let absent = with(family, json!({"sliding_window": "absent"})).unwrap().attention[0].window;
+            let absent = windows(&with(family, json!({"sliding_window": "absent"})).unwrap())[0];
             assert_eq!(absent, ["mistral", "qwen3_moe"].contains(&family).then_some(4096));
         }
         assert_eq!(windows(&with("qwen3_moe", json!({"use_sliding_window": false})).unwrap()), [None; 3]);

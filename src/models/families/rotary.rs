@@ -3,7 +3,7 @@
 use super::{activation, head, kv_heads, share, windows};
 use crate::{
     error::{Error, Result},
-    kernels::{Activation, Attention},
+    kernels::{Activation, Attention, Bias, Sight},
     models::{
         fields::{COUNT, Fields, WIDTH},
         rope::{Heads, Rotation, rope, rotation},
@@ -148,7 +148,7 @@ pub(super) fn gemma3_text(config: &Fields) -> Result<DecoderSpec> {
     let pattern = config.size("sliding_window_pattern", config.size("_sliding_window_pattern", 6, COUNT)?, COUNT)?;
     windows(config, &mut spec.attention, config.optional_size("sliding_window", Some(4096), WIDTH)?, |layer| (layer + 1) % pattern != 0)?;
     if let Positions::Rope { layers, .. } = &mut spec.positions {
-        *layers = spec.attention.iter().map(|attention| Some(usize::from(attention.window.is_some()))).collect();
+        *layers = spec.attention.iter().map(|attention| Some(usize::from(attention.sight != Sight::Causal))).collect();
     }
     // HF: `attn_logit_softcapping` is a field that the reference does not use.
     spec.softcap = config.optional_positive("final_logit_softcapping", None)?.map(|cap| cap as f32);
@@ -322,7 +322,8 @@ fn qk_norm(norm: Norm, extent: Extent) -> QkNorm {
 /// Every layer has the window, if there is one.
 fn window_everywhere(config: &Fields, spec: &mut DecoderSpec, default: Option<usize>) -> Result<()> {
     let window = config.optional_size("sliding_window", default, WIDTH)?;
-    spec.attention.iter_mut().for_each(|attention| attention.window = window);
+    let sight = window.map_or(Sight::Causal, Sight::Window);
+    spec.attention.iter_mut().for_each(|attention| attention.sight = sight);
     Ok(())
 }
 
@@ -416,7 +417,7 @@ fn rotary_in(config: &Fields, shape: Shape, rotations: impl FnOnce(&Fields, Head
     let trained = config.size("max_position_embeddings", shape.positions, WIDTH)?;
     let layers = config.size("num_hidden_layers", shape.layers, COUNT)?;
     let scale = (head_dim as f64).powf(-0.5) as f32;
-    let attention = Attention { heads, kv_heads, head_dim, scale, softcap: None, window: None, alibi: [].into() };
+    let attention = Attention { heads, kv_heads, head_dim, scale, softcap: None, sight: Sight::Causal, bias: Bias::None };
     let turned = Heads { dim: head_dim, partial: shape.partial, theta: shape.theta, trained, original: shape.original };
     let qkv = |name| Linear { name, bias: shape.qkv_bias };
     let mlp = |name| Linear { name, bias: shape.mlp_bias };
@@ -426,6 +427,7 @@ fn rotary_in(config: &Fields, shape: Shape, rotations: impl FnOnce(&Fields, Head
         vocab: config.size("vocab_size", shape.vocab, WIDTH)?,
         hidden,
         embedding: "embed_tokens",
+        aliases: &[],
         embedding_scale: None,
         embedding_norm: None,
         projection: None,
@@ -448,6 +450,9 @@ fn rotary_in(config: &Fields, shape: Shape, rotations: impl FnOnce(&Fields, Head
         residual: Residual::Pre { attention: "input_layernorm", mlp: "post_attention_layernorm" },
         final_norm: Some("norm"),
         head: head(config, shape.tied)?,
+        head_scale: None,
+        logits_bias: None,
         softcap: None,
+        encoder: None,
     })
 }
