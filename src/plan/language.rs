@@ -47,3 +47,84 @@ impl Check<'_> {
         id
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::{
+        config::GenerationConfig,
+        error::{Error, Result},
+        model::ModelInfo,
+        plan::Plan,
+        text::{Direction, Tokenizer, case},
+    };
+    use serde_json::{Value, json};
+
+    fn plan(call: Value, model: Value, tokenizer: Option<&Tokenizer>) -> Result<Plan> {
+        let config = |fields: Value| GenerationConfig::from_json(&fields).unwrap();
+        Plan::new(&config(call), &config(model), &ModelInfo::new("test", 2048), tokenizer)
+    }
+
+    fn forced(plan: Result<Plan>) -> String {
+        format!("{:?}", plan.unwrap().processors)
+    }
+
+    #[test]
+    fn codes_become_what_the_prompt_and_the_result_begin_with() {
+        let tokenizer = case("mbart50");
+        let (french, romanian) = (tokenizer.language("fr_XX").unwrap(), tokenizer.language("ro_RO").unwrap());
+        let plan = plan(json!({"src_lang": "fr_XX", "tgt_lang": "ro_RO"}), json!({"forced_bos_token_id": 5}), Some(&tokenizer)).unwrap();
+        assert_eq!(plan.direction, Direction { src_lang: Some(french), tgt_lang: None });
+        assert_eq!(format!("{:?}", plan.processors), format!("[ForcedBos {{ id: {romanian} }}]"));
+        let ids = tokenizer.encode_as("hello", true, plan.direction).unwrap();
+        assert_eq!((ids.first(), ids.last()), (Some(&french), tokenizer.eos().as_ref()));
+        assert_ne!(tokenizer.encode("hello", true).unwrap(), ids, "its own file says de_DE");
+    }
+
+    #[test]
+    fn marian_reads_the_target_with_the_prompt() {
+        let tokenizer = case("marian");
+        assert_eq!(tokenizer.languages(), ["de", "fr"]);
+        let plan = plan(json!({"tgt_lang": "fr"}), json!({}), Some(&tokenizer)).unwrap();
+        assert!(plan.processors.is_empty());
+        assert_eq!(
+            tokenizer.encode_as("hello", true, plan.direction).unwrap(),
+            tokenizer.encode(">>fr<< hello", true).unwrap(),
+            "as the text that names it"
+        );
+    }
+
+    #[test]
+    fn the_nearer_of_tgt_lang_and_forced_bos_counts() {
+        let tokenizer = case("m2m100");
+        let german = tokenizer.language("de").unwrap();
+        let check = |call, model, id: u32| assert_eq!(forced(plan(call, model, Some(&tokenizer))), format!("[ForcedBos {{ id: {id} }}]"));
+        check(json!({"tgt_lang": "de"}), json!({"forced_bos_token_id": 7}), german);
+        check(json!({"forced_bos_token_id": 7}), json!({"tgt_lang": "de"}), 7);
+        check(json!({"forced_bos_token_id": german, "tgt_lang": "de"}), json!({}), german);
+        let error = plan(json!({"forced_bos_token_id": 7, "tgt_lang": "de"}), json!({}), Some(&tokenizer)).unwrap_err().to_string();
+        assert!(error.contains("forced_bos_token_id") && error.contains("tgt_lang is de"), "{error}");
+    }
+
+    #[test]
+    fn codes_that_say_nothing_are_refused() {
+        let cases = [
+            ("m2m100", json!({"src_lang": "de_DE"}), "src_lang", "accepted is one of af, am, ar"),
+            ("mbart", json!({"tgt_lang": "de"}), "tgt_lang", "accepted is one of ar_AR, cs_CZ"),
+            ("marian", json!({"tgt_lang": "it"}), "tgt_lang", "accepted is one of de, fr"),
+            ("marian", json!({"src_lang": "de"}), "src_lang", "accepted is tgt_lang"),
+            ("marian-separate", json!({"tgt_lang": "de"}), "tgt_lang", "no languages"),
+            ("t5", json!({"src_lang": "en"}), "src_lang", "no languages"),
+            (
+                "nllb",
+                json!({"tgt_lang": "deu_Latn", "suppress_tokens": [case("nllb").language("deu_Latn")]}),
+                "tgt_lang",
+                "suppress_tokens",
+            ),
+        ];
+        for (name, call, field, part) in cases {
+            let Err(Error::Config(problems)) = plan(call, json!({}), Some(&case(name))) else { panic!("{name} accepts it") };
+            assert!(problems.len() == 1 && problems[0].field == field && problems[0].reason.contains(part), "{problems:?}");
+        }
+        assert!(plan(json!({"tgt_lang": "de"}), json!({}), None).is_err());
+    }
+}

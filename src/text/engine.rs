@@ -35,6 +35,11 @@ impl Engine {
         }
     }
 
+    /// Whether decoded text loses the white space at its ends.
+    pub fn trims(&self) -> bool {
+        matches!(self, Self::Sentencepiece(_))
+    }
+
     pub fn token(&self, id: u32) -> Option<String> {
         match self {
             Self::Tokenizers(inner) => inner.id_to_token(id),

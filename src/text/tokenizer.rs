@@ -154,6 +154,8 @@ impl Tokenizer {
 
     /// A text's beginning that tidying will leave as it is, whatever follows.
     pub(super) fn tidied<'a>(&self, text: &'a str) -> &'a str {
+        // White space at the end of a text is not its own here.
+        let text = if self.shared.engine.trims() { text.trim_end_matches(spm::is_space) } else { text };
         let open = |held: &str| TIDY.iter().any(|(from, _)| from.len() > held.len() && from.starts_with(held));
         let held = text.rmatch_indices(' ').map(|(at, _)| at).take_while(|at| text.len() - at < 4).filter(|&at| open(&text[at..])).last();
         if self.shared.tidy { &text[..held.unwrap_or(text.len())] } else { text }

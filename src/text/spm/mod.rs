@@ -7,7 +7,7 @@ mod normal;
 mod proto;
 mod slow;
 
-pub(super) use slow::Slow;
+pub(super) use slow::{Slow, is_space};
 
 use super::{
     engine::Engine,
@@ -254,4 +254,121 @@ fn m2m100(folder: &Path, config: &Map<String, Value>, proto: Proto) -> Result<(E
     let slow = Slow::new(voice.clone(), voice, model, false, added);
     let languages = Class::M2m100.languages(config, &folder.join("tokenizer_config.json"), |token| slow.id(token))?;
     Ok((Engine::Sentencepiece(slow), languages))
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::text::{Direction, Tokenizer, case};
+    use serde_json::{Value, json};
+    use std::{fs, path::Path};
+
+    fn model(name: &str) -> Vec<u8> {
+        fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tokenizers/spm").join(name)).unwrap()
+    }
+
+    fn folder(files: &[(&str, &[u8])]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, bytes) in files {
+            fs::write(folder.path().join(name), bytes).unwrap();
+        }
+        folder
+    }
+
+    #[test]
+    fn tokenizer_json_follows_the_source_language_too() {
+        let vocab = json!({"<unk>": 0, "</s>": 1, "hi": 2, "en_XX": 3, "de_DE": 4});
+        let template = json!([{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "en_XX", "type_id": 0}}]);
+        let file = |vocab: &Value| {
+            let known = json!({"en_XX": {"id": "en_XX", "ids": [3], "tokens": ["en_XX"]}});
+            let frame = json!({"type": "TemplateProcessing", "single": template, "pair": template, "special_tokens": known});
+            let model = json!({"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"});
+            json!({"version": "1.0", "added_tokens": [], "post_processor": frame, "model": model}).to_string()
+        };
+        let open = |vocab: &Value, config: Value| {
+            let files = [("tokenizer.json", file(vocab)), ("tokenizer_config.json", config.to_string())];
+            Tokenizer::from_folder(folder(&files.each_ref().map(|(name, text)| (*name, text.as_bytes()))).path())
+        };
+        let encode = |config| open(&vocab, config).unwrap().unwrap().encode("hi", true).unwrap();
+        assert_eq!(encode(json!({"tokenizer_class": "MBartTokenizerFast"})), [2, 1, 3]);
+        assert_eq!(encode(json!({"tokenizer_class": "MBartTokenizer", "src_lang": "de_DE"})), [2, 1, 4]);
+        assert_eq!(encode(json!({"tokenizer_class": "MBart50Tokenizer", "src_lang": "de_DE"})), [4, 2, 1]);
+        assert_eq!(encode(json!({"tokenizer_class": "T5Tokenizer"})), [2, 3], "as the file says");
+        let error = open(&vocab, json!({"tokenizer_class": "MBartTokenizer", "src_lang": "de"})).err().unwrap().to_string();
+        assert!(error.contains("tokenizer_config.json") && error.contains("\"de\"; accepted is one of de_DE, en_XX"), "{error}");
+        let without = open(&json!({"<unk>": 0, "hi": 2}), json!({"tokenizer_class": "MBartTokenizer"})).unwrap().unwrap();
+        assert_eq!((without.encode("hi", true).unwrap(), without.languages()), (vec![2, 3], vec![]));
+    }
+
+    #[test]
+    fn prompts_and_results_may_have_vocabularies_of_their_own() {
+        let tokenizer = case("marian-separate");
+        let (read, written) = (tokenizer.encode("the house", false).unwrap(), tokenizer.encode_target("the house").unwrap());
+        assert_ne!(read, written);
+        assert_eq!(tokenizer.decode(&written, true).unwrap(), "the house");
+        assert_eq!(tokenizer.variants("house").unwrap()[0], tokenizer.encode_target("house").unwrap());
+        let framed = tokenizer.encode_as("the house", true, Direction::default()).unwrap();
+        assert_eq!(framed, [&read[..], &[tokenizer.eos().unwrap()]].concat());
+        assert!(tokenizer.is_special(tokenizer.unk().unwrap()) && tokenizer.pad() == Some(2));
+        let space = tokenizer.id("▁").unwrap();
+        assert!(tokenizer.extensions("▁").contains(&space) && tokenizer.texts().len() == tokenizer.vocab_size());
+        assert!(tokenizer.same_vocabulary(&case("marian-separate")) && !tokenizer.same_vocabulary(&case("marian")));
+    }
+
+    #[test]
+    fn pegasus_and_nllb_have_the_ids_of_their_weights() {
+        let pegasus = case("pegasus");
+        let ids = ["<pad>", "</s>", "<mask_1>", "<mask_2>", "<unk_2>", "<unk_102>", "<unk>"].map(|token| pegasus.id(token));
+        assert_eq!(ids, [0, 1, 2, 3, 4, 104, 105].map(Some));
+        let nllb = case("nllb");
+        let first = nllb.id("ace_Arab").unwrap();
+        assert_eq!((nllb.language("zul_Latn"), nllb.id("<mask>")), (Some(first + 201), Some(first + 202)));
+    }
+
+    #[test]
+    fn damage_names_the_file() {
+        let unigram = model("unigram.model");
+        let config = |family: &str| format!("{{\"model_type\": \"{family}\"}}").into_bytes();
+        let (t5, marian, m2m100) = (config("t5"), config("marian"), config("m2m_100"));
+        let vocab = br#"{"<unk>": 0, "</s>": 1}"#;
+        // The trie claims 4 GB, behind pieces that are right.
+        let mut map = unigram.clone();
+        map.extend(b"\x1A\x07\x12\x05\xFC\xFF\xFF\xFF\0");
+        let cases: [(&[(&str, &[u8])], &str); 10] = [
+            (&[("config.json", &t5), ("spiece.model", &unigram[..unigram.len() - 3])], "spiece.model: "),
+            (&[("config.json", &t5), ("spiece.model", b"")], "spiece.model: it has no pieces"),
+            (&[("config.json", &t5), ("spiece.model", &map)], "character map claims"),
+            (&[("config.json", &t5), ("spiece.model", &unigram), ("tokenizer_config.json", br#"{"extra_ids": 1e12}"#)], "extra_ids = "),
+            (&[("config.json", &marian), ("source.spm", &unigram)], "target.spm: there is no such file"),
+            (&[("config.json", &marian), ("source.spm", &unigram), ("target.spm", &unigram)], "vocab.json: there is no such file"),
+            (
+                &[("config.json", &marian), ("source.spm", &unigram), ("target.spm", &map), ("vocab.json", vocab)],
+                "target.spm: the character map",
+            ),
+            (
+                &[("config.json", &m2m100), ("sentencepiece.bpe.model", &unigram), ("vocab.json", br#"{"a": 0}"#)],
+                "the unknown token \"<unk>\"",
+            ),
+            (&[("config.json", &m2m100), ("sentencepiece.bpe.model", &unigram), ("vocab.json", br#"{"a": -1}"#)], "\"a\" has the id -1"),
+            (&[("config.json", &config("llama")), ("tokenizer.model", b"IlRoZSI= 0\n")], "tokenizer.model: "),
+        ];
+        for (files, part) in cases {
+            let error = Tokenizer::from_folder(folder(files).path()).err().unwrap();
+            assert!(error.kind() == "load" && error.to_string().contains(part), "{error}");
+        }
+        assert!(Tokenizer::from_folder(folder(&[("config.json", &t5), ("source.spm", &unigram)]).path()).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_damaged_model_never_panics() {
+        let unigram = model("unigram.model");
+        let config = br#"{"model_type": "t5"}"#;
+        for step in 0..60 {
+            let mut bytes = unigram.clone();
+            let at = (step * 7919 + 13) % bytes.len();
+            bytes[at] ^= 1 << (step % 8);
+            if let Ok(Some(tokenizer)) = Tokenizer::from_folder(folder(&[("config.json", config), ("spiece.model", &bytes)]).path()) {
+                let _ = tokenizer.encode("the ﬁrst house Ａ", true).map(|ids| tokenizer.decode(&ids, true));
+            }
+        }
+    }
 }

@@ -129,12 +129,6 @@ impl Model {
         text
     }
 
-    /// The texts of the pieces, in the order of their ids.
-    #[cfg(test)]
-    pub fn texts(&self) -> impl Iterator<Item = &str> {
-        self.pieces.iter().map(|piece| piece.text.as_str())
-    }
-
     /// The id of a piece, or that of the unknown one.
     fn id(&self, piece: &str) -> u32 {
         self.reserved.id(piece).or_else(|| self.normal.id(piece)).unwrap_or(self.unk)
@@ -351,4 +345,115 @@ fn flush(text: &mut String, bytes: &mut Vec<u8>) {
         text.extend(chunk.invalid().iter().map(|_| char::REPLACEMENT_CHARACTER));
     }
     bytes.clear();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::{fs, path::Path, sync::LazyLock};
+
+    fn file(name: &str) -> Vec<u8> {
+        fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tokenizers/spm").join(name)).unwrap()
+    }
+
+    fn load(name: &str) -> Model {
+        Model::new(Proto::read(&file(name)).unwrap()).unwrap()
+    }
+
+    static MODELS: LazyLock<[Model; 3]> = LazyLock::new(|| ["unigram.model", "bpe.model", "llama.model"].map(load));
+
+    /// A model of pieces with scores and kinds, all bytes among them if it falls back on them.
+    fn build(algorithm: Algorithm, pieces: &[(&str, f32, Kind)], bytes: bool) -> Result<Model, String> {
+        let mut proto = Proto::read(b"\x0A\x03\x0A\x01a").unwrap();
+        let all = (0..=u8::MAX).map(|byte| Piece { text: token(byte), score: 0.0, kind: Kind::Byte });
+        proto.pieces = vec![Piece { text: "<unk>".into(), score: 0.0, kind: Kind::Unknown }];
+        proto.pieces.extend(pieces.iter().map(|&(text, score, kind)| Piece { text: text.into(), score, kind }));
+        proto.pieces.extend(all.filter(|_| bytes));
+        (proto.algorithm, proto.byte_fallback, proto.add_dummy_prefix) = (algorithm, bytes, false);
+        Model::new(proto)
+    }
+
+    use Kind::{Control, Normal, Unused, UserDefined};
+
+    #[test]
+    fn the_likeliest_pieces_are_found_and_of_equals_the_first() {
+        let pieces = [("a", -1.0, Normal), ("b", -1.0, Normal), ("c", -1.0, Normal), ("ab", -2.0, Normal), ("bc", -1.5, Normal)];
+        let model = build(Algorithm::Unigram, &pieces, false).unwrap();
+        assert_eq!(model.encode("abc"), ["a", "bc"]);
+        assert_eq!(model.encode("ab"), ["ab"], "the longer piece comes first");
+        assert_eq!(model.encode("xya x"), ["xy", "a", "▁x"], "unknown characters in a row are one piece");
+        let bytes = build(Algorithm::Unigram, &pieces, true).unwrap();
+        assert_eq!(bytes.encode("aé"), ["a", "<0xC3>", "<0xA9>"]);
+    }
+
+    #[test]
+    fn the_best_merge_is_made_first_and_unused_pieces_are_taken_apart() {
+        let pieces = [("a", -9.0, Normal), ("b", -9.0, Normal), ("ab", -1.0, Unused), ("aba", -0.5, Normal), ("ba", -2.0, Normal)];
+        let model = build(Algorithm::Bpe, &pieces, false).unwrap();
+        assert_eq!(model.encode("aba"), ["aba"]);
+        assert_eq!(model.encode("abb"), ["a", "b", "b"]);
+        assert_eq!(model.encode("bab"), ["b", "a", "b"], "the score decides, not the place");
+        assert_eq!(model.encode("baa"), ["ba", "a"]);
+    }
+
+    #[test]
+    fn a_user_s_symbol_is_one_piece_wherever_it_stands() {
+        for algorithm in [Algorithm::Unigram, Algorithm::Bpe] {
+            let pieces = [("a", -1.0, Normal), ("<", -1.0, Normal), ("a<", -0.1, Normal), ("<s>", 0.0, Control), ("<>", 0.0, UserDefined)];
+            let model = build(algorithm, &pieces, false).unwrap();
+            assert_eq!(model.encode("a<>a"), ["a", "<>", "a"]);
+            assert_eq!(model.encode("<s>"), ["<", "s>"], "a control token is written by no text");
+        }
+    }
+
+    // Of sentencepiece 0.2.3's decode_pieces.
+    #[test]
+    fn pieces_are_spelt_out() {
+        let [unigram, _, llama] = &*MODELS;
+        assert_eq!(unigram.decode(["▁a", "▁", "▁b", "</s>", "<unk>", "é▁"]), "a ▁b ⁇ é▁", "this model has no ▁b");
+        assert_eq!(unigram.decode(["▁", "▁", "▁a"]), "a");
+        assert_eq!(llama.decode(["▁", "▁", "▁a"]), "  a");
+        assert_eq!(llama.decode(["<s>", "▁a", "<0xE2>", "<0x82>", "<0xAC>", "<0xFF>", "<0xC3>", "b"]), "a€\u{fffd}\u{fffd}b");
+    }
+
+    #[test]
+    fn what_contradicts_itself_is_no_model() {
+        let refused = |pieces: &[(&str, f32, Kind)], part| {
+            let reason = build(Algorithm::Bpe, pieces, false).unwrap_err();
+            assert!(reason.contains(part), "{reason}");
+        };
+        refused(&[("a", 0.0, Normal), ("a", 0.0, Normal)], "\"a\" is there twice");
+        refused(&[("<x>", 0.0, Kind::Unknown)], "one unknown piece");
+        let mut proto = Proto::read(&file("unigram.model")).unwrap();
+        proto.byte_fallback = true;
+        assert!(Model::new(proto.clone()).unwrap_err().contains("<0xFF>"));
+        (proto.byte_fallback, proto.denormalises) = (false, true);
+        assert!(Model::new(proto).unwrap_err().contains("denormaliser"));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+        #[test]
+        fn a_changed_file_is_answered(which in 0..2_usize, changes in prop::collection::vec((any::<u32>(), any::<u8>()), 1..9), text in ".{0,12}") {
+            let mut bytes = file(["unigram.model", "bpe.model"][which]);
+            let len = bytes.len();
+            for (at, byte) in changes {
+                // Half of them among the settings and the character map, which stand behind the pieces.
+                let at = if byte % 2 == 0 { at as usize % len } else { len - 1 - at as usize % 6000 };
+                bytes[at] = byte;
+            }
+            if let Ok(model) = Proto::read(&bytes).and_then(Model::new) {
+                let pieces = model.encode(&text);
+                model.decode(pieces.iter().map(String::as_str));
+            }
+        }
+
+        #[test]
+        fn with_bytes_for_the_unknown_a_text_comes_back(text in "[^▁]{0,30}") {
+            let model = &MODELS[2];
+            let pieces = model.encode(&text);
+            prop_assert_eq!(model.decode(pieces.iter().map(String::as_str)), text);
+        }
+    }
 }

@@ -249,8 +249,7 @@ mod tests {
     use proptest::prelude::*;
 
     /// A message of one piece, a trainer's and a normaliser's settings.
-    const SMALL: &[u8] =
-        b"\x0A\x0A\x0A\x03\xE2\x96\x81\x15\0\0\x80\xBF\x12\x09\x18\x02\x98\x02\x01\xC8\x02\x05\x10\x1A\x07\x12\x03abc\x18\0";
+    const SMALL: &[u8] = b"\x0A\x0A\x0A\x03\xE2\x96\x81\x15\0\0\x80\xBF\x12\x08\x18\x02\x98\x02\x01\xC8\x02\x05\x1A\x07\x12\x03abc\x18\0";
 
     #[test]
     fn fields_are_read_and_unknown_ones_passed_over() {
@@ -267,10 +266,10 @@ mod tests {
 
     #[test]
     fn damage_is_told() {
-        let deep = [b"\x0B"; 64].concat();
+        let deep = [0x0B; 64];
         let cases: [(&[u8], &str); 12] = [
             (b"", "no pieces"),
-            (b"{\"a\": 1}", "does not"),
+            (b"{\"a\": 1}", "97 bytes are claimed where 5 are left"),
             (b"\x0A\xFF\xFF\xFF\xFF\x0F", "4294967295 bytes are claimed where 0 are left"),
             (b"\x0A\xFF\xFF\xFF\xFF\xFF\xFF\xFF\xFF\xFF\x01a", "18446744073709551615 bytes"),
             (b"\x0A\xFF\xFF\xFF\xFF\xFF\xFF\xFF\xFF\xFF\xFF\x01", "more than 10 bytes"),

@@ -95,8 +95,7 @@ impl Slow {
         if self.marian {
             text = text.replace(super::normal::SPACE, " ");
         }
-        // What Python takes for white space has four characters more than what Unicode does.
-        text.trim_matches(|character: char| character.is_whitespace() || ('\u{1C}'..='\u{1F}').contains(&character)).to_owned()
+        text.trim_matches(is_space).to_owned()
     }
 
     /// The token of an id that the model writes.
@@ -171,4 +170,9 @@ impl Voice {
     fn id(&self, piece: &str) -> u32 {
         self.ids.get(piece).copied().unwrap_or(self.unk)
     }
+}
+
+/// What Python takes for white space, four characters more than what Unicode does.
+pub(in crate::text) fn is_space(character: char) -> bool {
+    character.is_whitespace() || ('\u{1C}'..='\u{1F}').contains(&character)
 }
