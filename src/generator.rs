@@ -15,7 +15,7 @@ use crate::{
     prefix::Prefix,
     run::{Run, Setting, Stream},
     score::{self, Score, Task},
-    text::{Prompt, Templates, Tokenizer},
+    text::{Direction, Prompt, Templates, Tokenizer},
 };
 use std::{fmt, path::Path, sync::Arc};
 
@@ -42,8 +42,8 @@ pub struct Generator {
 
 impl Generator {
     /// Loads a folder in Hugging Face's format: `config.json`, `model.safetensors` or else `pytorch_model.bin` (or shards and
-    /// their index), and where they exist `generation_config.json`, `tokenizer.json` or else `vocab.json` with `merges.txt`,
-    /// `tokenizer_config.json` and `chat_template.jinja`. No code of a checkpoint is run.
+    /// their index), and where they exist `generation_config.json`, `tokenizer.json` or else `vocab.json` with `merges.txt` or
+    /// SentencePiece models, `tokenizer_config.json` and `chat_template.jinja`. No code of a checkpoint is run.
     ///
     /// A name that is no folder's but a repository's, `owner/name` or `owner/name@revision`, is looked up on the Hugging Face
     /// hub (feature `hub`). What is not in the cache that Python's huggingface_hub keeps is downloaded into it. A file is
@@ -204,7 +204,7 @@ impl Generator {
         let mut list = Vec::new();
         for (index, (prompt, continuations)) in tasks.into_iter().enumerate() {
             let prompt = self.written(prompt.into())?;
-            let ids = self.fed(&prompt, plan.bos)?;
+            let ids = self.fed(&prompt, &plan)?;
             let continuations = continuations.into_iter().map(|continuation| self.continued(&prompt, continuation.into()));
             let continuations = continuations.collect::<Result<_>>()?;
             let (source, prompt) = match plan.begin(index) {
@@ -253,7 +253,7 @@ impl Generator {
 
     /// The ids that a prompt is fed as.
     pub fn encode(&self, prompt: impl Into<Prompt>) -> Result<Vec<u32>> {
-        self.ids(&self.written(prompt.into())?)
+        self.ids(&self.written(prompt.into())?, Direction::default())
     }
 
     /// The model.
@@ -290,11 +290,10 @@ impl Generator {
 
     fn plan(&self, config: &GenerationConfig) -> Result<Plan> {
         let mut plan = Plan::new(config, &self.config, self.model().info(), self.tokenizer())?;
-        if let Some(negative) = &mut plan.negative {
+        if plan.negative.is_some() {
             let prompts = if config.negative_prompts.is_empty() { &self.config } else { config };
-            for prompt in &prompts.negative_prompts {
-                negative.push(self.fed(&self.written(prompt.clone())?, plan.bos)?);
-            }
+            let negative = prompts.negative_prompts.iter().map(|prompt| self.fed(&self.written(prompt.clone())?, &plan));
+            plan.negative = Some(negative.collect::<Result<_>>()?);
         }
         Ok(plan)
     }
@@ -314,18 +313,18 @@ impl Generator {
         })
     }
 
-    fn ids(&self, prompt: &Written) -> Result<Vec<u32>> {
+    fn ids(&self, prompt: &Written, direction: Direction) -> Result<Vec<u32>> {
         match prompt {
             Written::Ids(ids) => Ok(ids.clone()),
-            Written::Text { text, special } => self.reader()?.encode(text, *special),
+            Written::Text { text, special } => self.reader()?.encode_as(text, *special, direction),
         }
     }
 
     // The ids of a prompt, or the one to start from where there are none.
-    fn fed(&self, prompt: &Written, bos: Option<u32>) -> Result<Vec<u32>> {
-        let mut ids = self.ids(prompt)?;
+    fn fed(&self, prompt: &Written, plan: &Plan) -> Result<Vec<u32>> {
+        let mut ids = self.ids(prompt, plan.direction)?;
         if ids.is_empty() {
-            ids.extend(bos);
+            ids.extend(plan.bos);
         }
         Ok(ids)
     }
@@ -346,7 +345,7 @@ impl Generator {
                 return Ok(rest.to_vec());
             }
         }
-        reader.encode(&text, false)
+        reader.encode_target(&text)
     }
 
     fn reader(&self) -> Result<&Tokenizer> {
@@ -356,7 +355,7 @@ impl Generator {
     fn run<P: Into<Prompt>>(&self, prompts: impl IntoIterator<Item = P>, plan: Plan) -> Result<Run> {
         let (mut ids, mut heads) = (Vec::new(), Vec::new());
         for prompt in prompts {
-            let mut prompt = self.fed(&self.written(prompt.into())?, plan.bos)?;
+            let mut prompt = self.fed(&self.written(prompt.into())?, &plan)?;
             if plan.token_healing {
                 let healed = heal(&self.setting, &self.config, &plan, &prompt, ids.len())?;
                 prompt = healed.ids;

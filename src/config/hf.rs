@@ -9,7 +9,7 @@ use std::{fs, path::Path};
 const FILE: &str = "generation_config.json";
 
 /// Fields that transformers does not have. In a config.json such a key means something else.
-const OURS: [&str; 13] = [
+const OURS: [&str; 15] = [
     "decoder_input_ids",
     "strategy",
     "include_stop_string",
@@ -23,6 +23,9 @@ const OURS: [&str; 13] = [
     "keyword_boost",
     "log_probs",
     "processed_log_probs",
+    // HF: arguments of its tokenizers and pipelines.
+    "src_lang",
+    "tgt_lang",
 ];
 
 impl GenerationConfig {

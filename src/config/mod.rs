@@ -292,6 +292,12 @@ fields! {
     decoder_start_token_id: OneOrMany<i64>,
     /// What an encoder-decoder model's rows go on with after it: one list of ids for all, or one for each prompt. They may begin with it.
     decoder_input_ids: Vec<Vec<u32>>,
+    /// The language of prompts, by its code in the tokenizer's [`languages`](crate::Tokenizer::languages); unless set, the one that
+    /// tokenizer_config.json names.
+    src_lang: String,
+    /// The language of results, by its code: what the decoder begins with, in place of the model's `forced_bos_token_id`, or for Marian
+    /// the token before a prompt.
+    tgt_lang: String,
 
     /// Whether keys and values are kept from step to step.
     use_cache: bool,

@@ -24,7 +24,16 @@ const SMALL: [&str; 6] = [
 ];
 
 /// What stands in for tokenizer.json where it is missing.
-const OLDER: [&str; 2] = ["merges.txt", "vocab.json"];
+const OLDER: [&str; 8] = [
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "spiece.model",
+    "target.spm",
+    "target_vocab.json",
+    "tokenizer.model",
+    "vocab.json",
+];
 
 const TEMPLATES: &str = "additional_chat_templates/";
 

@@ -98,7 +98,10 @@ fn shape(check: &mut Check<'_>, eos: &[u32], keywords: Option<&Keywords>) -> Vec
         list.push(Arc::new(PrefixAllowed { function: function.clone() }));
     }
     let suppress = check.ids("suppress_tokens", config.suppress_tokens.iter().flatten().map(|&id| id.into()));
-    let forced_bos = forced(check, "forced_bos_token_id", config.forced_bos_token_id.map(OneOrMany::One), &suppress);
+    let forced_bos = match check.target() {
+        Some(id) => forced(check, "tgt_lang", Some(OneOrMany::One(id.into())), &suppress),
+        None => forced(check, "forced_bos_token_id", config.forced_bos_token_id.map(OneOrMany::One), &suppress),
+    };
     if let Some(&id) = forced_bos.first() {
         list.push(Arc::new(ForcedBos { id }));
     }
@@ -125,7 +128,7 @@ fn shape(check: &mut Check<'_>, eos: &[u32], keywords: Option<&Keywords>) -> Vec
     }
     let ids = check.ids("begin_suppress_tokens", config.begin_suppress_tokens.iter().flatten().map(|&id| id.into()));
     if !ids.is_empty() {
-        list.push(Arc::new(SuppressAtBegin { ids, after_forced_bos: config.forced_bos_token_id.is_some() }));
+        list.push(Arc::new(SuppressAtBegin { ids, after_forced_bos: !forced_bos.is_empty() }));
     }
     list
 }

@@ -36,9 +36,9 @@ fn built(strategy: &Strategy) -> bool {
 pub(super) struct Check<'a> {
     pub config: &'a GenerationConfig,
     pub strategy: &'a Strategy,
-    merged: &'a Merged,
+    pub merged: &'a Merged,
     info: &'a ModelInfo,
-    tokenizer: Option<&'a Tokenizer>,
+    pub tokenizer: Option<&'a Tokenizer>,
     problems: Vec<Problem>,
     unsupported: Vec<String>,
 }

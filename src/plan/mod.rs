@@ -4,6 +4,7 @@ mod chain;
 mod check;
 mod explain;
 mod force;
+mod language;
 mod merge;
 
 pub use explain::{Explanation, Setting};
@@ -15,7 +16,7 @@ use crate::{
     logits::{Draw, KeywordBoost, LogitsProcessor},
     model::{ModelInfo, Room},
     stop::{CancelToken, StoppingCriteria},
-    text::{StopStrings, Tokenizer},
+    text::{Direction, StopStrings, Tokenizer},
     trace::Tracer,
 };
 use chain::Chain;
@@ -79,6 +80,8 @@ pub struct Plan {
     pub decoder_start: Vec<u32>,
     /// What follows it: the same for all, or for each prompt its own.
     pub decoder_input_ids: Vec<Vec<u32>>,
+    /// The languages that prompts are encoded with.
+    pub direction: Direction,
     /// Under classifier-free guidance what rows begin with in their second context: one for all, or one for each prompt; each prompt's
     /// last token if there is none.
     pub negative: Option<Vec<Vec<u32>>>,
@@ -241,6 +244,7 @@ impl Plan {
             bos: config.bos_token_id.and_then(|id| u32::try_from(id).ok()),
             decoder_start: check.decoder_start(),
             decoder_input_ids: check.decoder_input_ids(),
+            direction: check.direction(),
             negative: guided.then(Vec::new),
             explanation: Explanation::new(&merged, info, &processors, &eos),
             processors,

@@ -152,6 +152,7 @@ mod tests {
     static SUFFIX: LazyLock<Tokenizer> = LazyLock::new(|| {
         build(&["hel", "lo</w>", "world</w>", "!</w>"].map(str::to_owned), json!({"type": "BPEDecoder", "suffix": "</w>"}))
     });
+    static SENTENCEPIECE: LazyLock<Tokenizer> = LazyLock::new(|| super::super::case("marian"));
     static PLAIN: LazyLock<Tokenizer> = LazyLock::new(|| build(&["a", "b", "c"].map(str::to_owned), Value::Null));
 
     /// A tokenizer with `<s>` as id 0, the special token, and `words` from id 1 on.
@@ -258,9 +259,9 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(500))]
         #[test]
         fn pieces_joined_are_the_collected_text(
-            kind in 0..6_usize, seeds in prop::collection::vec(any::<u32>(), 0..120), start in 0..10_usize, garbage in any::<bool>(),
+            kind in 0..7_usize, seeds in prop::collection::vec(any::<u32>(), 0..120), start in 0..10_usize, garbage in any::<bool>(),
         ) {
-            let tokenizer: &Tokenizer = [&BYTE_LEVEL, &BYTE_FALLBACK, &METASPACE, &WORD_PIECE, &SUFFIX, &PLAIN][kind];
+            let tokenizer: &Tokenizer = [&BYTE_LEVEL, &BYTE_FALLBACK, &METASPACE, &WORD_PIECE, &SUFFIX, &PLAIN, &SENTENCEPIECE][kind];
             // Bytes lie close to the special tokens; beyond the vocabulary lie ids that no tokenizer knows.
             let size = if kind == 0 && garbage { 262 } else { tokenizer.vocab_size() as u32 + 1 };
             let ids: Vec<_> = seeds.iter().map(|seed| seed % size).collect();

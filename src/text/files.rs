@@ -66,11 +66,9 @@ pub(super) fn open(folder: &Path) -> Result<Option<(Tokenizer, BTreeMap<String, 
     let (path, merges) = (folder.join("vocab.json"), folder.join("merges.txt"));
     let (Some(vocab), Some(lines)) = (object(&path)?, read(&merges)?) else { return Ok(None) };
     let lines = String::from_utf8(lines).map_err(|error| Error::load(&merges, error))?;
-    let mut config = object(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
+    let config = object(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
     let Some(class) = Class::of(folder, &config)? else { return Ok(None) };
-    if !config.contains_key("added_tokens_decoder") {
-        config.extend(object(&folder.join("special_tokens_map.json"))?.unwrap_or_default());
-    }
+    let mut config = settings(folder, &config)?;
     let mut named = BTreeMap::new();
     for role in class.defaults() {
         if !config.contains_key(role) {
@@ -90,7 +88,7 @@ pub(super) fn open(folder: &Path) -> Result<Option<(Tokenizer, BTreeMap<String, 
     });
     let mut inner = guard(|| Tokenizer::from_bytes(file.to_string())).map_err(|reason| Error::load(&path, reason))?;
     // HF: tokens are numbered in this order after the vocabulary, whatever ids the files give them.
-    let tokens = added(folder, &config, class)?;
+    let tokens = added(folder, &config, class == Class::Qwen2)?;
     guard(|| inner.add_tokens(tokens)).map_err(|reason| Error::load(&path, reason))?;
     if let Some(frame) = frame(&inner, &config) {
         let frame: PostProcessorWrapper = serde_json::from_value(frame).map_err(|error| Error::load(&path, error))?;
@@ -103,8 +101,18 @@ pub(super) fn flag(config: &Map<String, Value>, name: &str) -> bool {
     config.get(name) == Some(&Value::Bool(true))
 }
 
-/// The tokens that stand outside of the merges: those with ids of their own, then special ones by role, then further ones.
-fn added(folder: &Path, config: &Map<String, Value>, class: Class) -> Result<Vec<AddedToken>> {
+/// The config with what special_tokens_map.json says, where that file counts.
+pub(super) fn settings(folder: &Path, config: &Map<String, Value>) -> Result<Map<String, Value>> {
+    let mut config = config.clone();
+    if !config.contains_key("added_tokens_decoder") {
+        config.extend(object(&folder.join("special_tokens_map.json"))?.unwrap_or_default());
+    }
+    Ok(config)
+}
+
+/// The tokens that stand outside of the model: those with ids of their own, then special ones by role, then further ones. With `plain`,
+/// special ones match by their names alone.
+pub(super) fn added(folder: &Path, config: &Map<String, Value>, plain: bool) -> Result<Vec<AddedToken>> {
     let path = folder.join("tokenizer_config.json");
     let specials = specials(&path, config)?;
     let mut numbered: Vec<(u64, AddedToken)> = Vec::new();
@@ -126,11 +134,11 @@ fn added(folder: &Path, config: &Map<String, Value>, class: Class) -> Result<Vec
     let mut tokens: Vec<AddedToken> = numbered.into_iter().map(|(_, token)| token).collect();
     for mut special in specials {
         // HF: Qwen2Tokenizer adds its special tokens once more, by their names alone, which undoes how files match them.
-        if class == Class::Qwen2 {
+        if plain {
             special = AddedToken::from(special.content, true);
         }
         match tokens.iter_mut().find(|token| token.content == special.content) {
-            Some(token) if class == Class::Qwen2 => *token = special,
+            Some(token) if plain => *token = special,
             // HF: with added_tokens.json, additional special tokens of special_tokens_map.json are not special there, an
             // oversight that shows them in texts; here they are.
             Some(token) => token.special = true,
@@ -179,7 +187,7 @@ fn token(path: &Path, key: &str, value: &Value, special: bool) -> Result<AddedTo
 
 /// What add_bos_token and add_eos_token put around a text.
 // HF: only these files obey the two; tokenizer.json says itself how a text is framed, and they are not looked at.
-fn frame(inner: &Tokenizer, config: &Map<String, Value>) -> Option<Value> {
+pub(super) fn frame(inner: &Tokenizer, config: &Map<String, Value>) -> Option<Value> {
     let token = |wanted: &str, role: &str| {
         let value = config.get(role).filter(|_| flag(config, wanted))?;
         let text = value.as_str().or_else(|| value.get("content")?.as_str())?;

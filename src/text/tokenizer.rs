@@ -1,8 +1,11 @@
 //! The tokenizer of a checkpoint.
 
 use super::{
+    engine::Engine,
     files::{self, Class, flag},
+    language::{Direction, Form, Languages},
     special::{Special, object, read},
+    spm,
 };
 use crate::error::{Error, Result};
 use std::{
@@ -13,7 +16,7 @@ use std::{
     path::Path,
     sync::{Arc, OnceLock},
 };
-use tokenizers::{AddedToken, ModelWrapper, PreTokenizerWrapper};
+use tokenizers::{AddedToken, ModelWrapper, PostProcessorWrapper, PreTokenizerWrapper};
 
 /// A checkpoint's tokenizer with its special tokens. A clone shares it.
 #[derive(Clone)]
@@ -22,7 +25,9 @@ pub struct Tokenizer {
 }
 
 struct Shared {
-    inner: tokenizers::Tokenizer,
+    engine: Engine,
+    /// What stands around a text, if it is told languages.
+    languages: Option<Languages>,
     /// Special tokens by role, as the checkpoint's files name them.
     named: BTreeMap<String, String>,
     special: HashSet<u32>,
@@ -49,14 +54,16 @@ const TIDY: [(&str, &str); 10] = [
 
 impl Tokenizer {
     /// Reads tokenizer.json, or else vocab.json and merges.txt with what belongs to them (for the classes GPT2Tokenizer and
-    /// Qwen2Tokenizer), and the special tokens that tokenizer_config.json and special_tokens_map.json name; none if the
-    /// folder has no such files.
+    /// Qwen2Tokenizer), or else the SentencePiece models of T5, mBART, NLLB, M2M100, Marian, PEGASUS, Llama, Gemma and those that name no
+    /// class of their own; and the special tokens that tokenizer_config.json and special_tokens_map.json name; none if the folder has
+    /// no such files.
     pub fn from_folder(folder: impl AsRef<Path>) -> Result<Option<Self>> {
         let folder = folder.as_ref();
         let path = folder.join("tokenizer.json");
         let mut special = Special::from_folder(folder)?;
-        let config = object(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
-        let mut inner = if let Some(bytes) = read(&path)? {
+        let config_path = folder.join("tokenizer_config.json");
+        let config = object(&config_path)?.unwrap_or_default();
+        let (mut engine, languages) = if let Some(bytes) = read(&path)? {
             let mut inner = guard(|| tokenizers::Tokenizer::from_bytes(&bytes)).map_err(|reason| Error::load(&path, reason))?;
             // HF: these two classes obey add_prefix_space, others do not look at it. They also build the rest of the
             // pre-tokenizer anew; here it is what tokenizer.json says, which is the same but for files that say more.
@@ -66,32 +73,72 @@ impl Tokenizer {
                 let cut = inner.get_pre_tokenizer().cloned().map(|cut| prefixed(cut, prefix));
                 inner.with_pre_tokenizer(cut);
             }
-            inner
-        } else {
-            let Some((inner, named)) = files::open(folder)? else { return Ok(None) };
+            let languages = spm::Class::of(folder, &config)?.languages(&config, &config_path, |token| inner.token_to_id(token))?;
+            if languages.is_some() {
+                inner.with_post_processor(None::<PostProcessorWrapper>);
+            }
+            (Engine::Tokenizers(Box::new(inner)), languages)
+        } else if let Some((inner, named)) = files::open(folder)? {
             special.named.extend(named);
-            inner
+            (Engine::Tokenizers(Box::new(inner)), None)
+        } else {
+            let Some(opened) = spm::open(folder, &config)? else { return Ok(None) };
+            special.named.extend(opened.named);
+            (opened.engine, opened.languages)
         };
-        // HF: tokens named as special are so even where tokenizer.json does not say it. The reference also appends named
-        // tokens that the vocabulary lacks, with ids that no model has weights for; here they do not exist.
-        let unmarked = special
-            .named
-            .values()
-            .chain(&special.extra)
-            .filter(|token| inner.token_to_id(token).is_some() && !inner.get_added_vocabulary().get_vocab().contains_key(*token));
-        let unmarked: Vec<_> = unmarked.map(|token| AddedToken::from(token, true)).collect();
-        guard(|| inner.add_special_tokens(unmarked)).map_err(|reason| Error::load(&path, reason))?;
         // HF: clean_up_tokenization_spaces is passed over for BPE, which it would harm, unless the longer name insists.
-        let insists = flag(&config, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output");
-        let harmless = insists || !matches!(inner.get_model(), ModelWrapper::BPE(_));
+        let mut harmless = flag(&config, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output");
+        if let Engine::Tokenizers(inner) = &mut engine {
+            // HF: tokens named as special are so even where tokenizer.json does not say it. The reference also appends named
+            // tokens that the vocabulary lacks, with ids that no model has weights for; here they do not exist.
+            let unmarked = special
+                .named
+                .values()
+                .chain(&special.extra)
+                .filter(|token| inner.token_to_id(token).is_some() && !inner.get_added_vocabulary().get_vocab().contains_key(*token));
+            let unmarked: Vec<_> = unmarked.map(|token| AddedToken::from(token, true)).collect();
+            guard(|| inner.add_special_tokens(unmarked)).map_err(|reason| Error::load(&path, reason))?;
+            harmless |= !matches!(inner.get_model(), ModelWrapper::BPE(_));
+        } else {
+            harmless = true;
+        }
         let tidy = harmless && flag(&config, "clean_up_tokenization_spaces");
-        Ok(Some(Self::new(inner, special.named, tidy)))
+        Ok(Some(Self::new(engine, languages, special.named, tidy)))
     }
 
     /// The ids of `text`; with `add_special_tokens` as the checkpoint frames a prompt.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
-        let encoding = guard(|| self.shared.inner.encode_fast(text, add_special_tokens)).map_err(Error::Tokenizer)?;
-        Ok(encoding.get_ids().to_vec())
+        self.encode_as(text, add_special_tokens, Direction::default())
+    }
+
+    /// As [`Tokenizer::encode`], of a text in one language that is to become one in another.
+    pub fn encode_as(&self, text: &str, add_special_tokens: bool, direction: Direction) -> Result<Vec<u32>> {
+        let ids = self.shared.engine.encode(text, add_special_tokens).map_err(Error::Tokenizer)?;
+        Ok(match self.shared.languages.as_ref().filter(|_| add_special_tokens) {
+            Some(languages) => languages.frame(ids, direction),
+            None => ids,
+        })
+    }
+
+    /// The ids of `text` as the model writes it, without special tokens. That differs from how it reads a text only where prompts and
+    /// results have vocabularies of their own.
+    pub fn encode_target(&self, text: &str) -> Result<Vec<u32>> {
+        self.shared.engine.encode_written(text).map_err(Error::Tokenizer)
+    }
+
+    /// The codes of the languages that the model is told, as `src_lang` and `tgt_lang` take them; none for most models.
+    pub fn languages(&self) -> Vec<&str> {
+        self.shared.languages.iter().flat_map(|languages| &languages.codes).map(|(code, _)| code.as_str()).collect()
+    }
+
+    /// The id of a language's token.
+    pub fn language(&self, code: &str) -> Option<u32> {
+        self.shared.languages.as_ref()?.id(code)
+    }
+
+    /// Whether prompts name the language of the result, and not their own.
+    pub(crate) fn prompts_name_target(&self) -> bool {
+        self.shared.languages.as_ref().is_some_and(|languages| languages.form == Form::Target)
     }
 
     /// The text of `ids`, as a text of its own: many tokenizers drop the first token's leading space. Ids that it does
@@ -101,12 +148,14 @@ impl Tokenizer {
         if !ids.iter().any(|&id| self.token(id).is_some() && !(skip_special_tokens && self.is_special(id))) {
             return Ok(String::new());
         }
-        let text = guard(|| self.shared.inner.decode(ids, skip_special_tokens)).map_err(Error::Tokenizer)?;
+        let text = self.shared.engine.decode(ids, skip_special_tokens).map_err(Error::Tokenizer)?;
         Ok(if self.shared.tidy { TIDY.iter().fold(text, |text, (from, to)| text.replace(from, to)) } else { text })
     }
 
     /// A text's beginning that tidying will leave as it is, whatever follows.
     pub(super) fn tidied<'a>(&self, text: &'a str) -> &'a str {
+        // White space at the end of a text is not its own here.
+        let text = if self.shared.engine.trims() { text.trim_end_matches(spm::is_space) } else { text };
         let open = |held: &str| TIDY.iter().any(|(from, _)| from.len() > held.len() && from.starts_with(held));
         let held = text.rmatch_indices(' ').map(|(at, _)| at).take_while(|at| text.len() - at < 4).filter(|&at| open(&text[at..])).last();
         if self.shared.tidy { &text[..held.unwrap_or(text.len())] } else { text }
@@ -117,7 +166,7 @@ impl Tokenizer {
     pub fn variants(&self, word: &str) -> Result<Vec<Vec<u32>>> {
         let mut variants = Vec::new();
         for text in [word, &format!(" {word}")] {
-            let ids = self.encode(text, false)?;
+            let ids = self.encode_target(text)?;
             if !ids.is_empty() && !variants.contains(&ids) {
                 variants.push(ids);
             }
@@ -128,8 +177,8 @@ impl Tokenizer {
     /// The text of every id by itself, special tokens in their own spelling; made at the first call.
     pub(crate) fn texts(&self) -> &[(u32, String)] {
         self.shared.texts.get_or_init(|| {
-            let ids = self.shared.inner.get_vocab(true).into_values();
-            ids.map(|id| (id, self.decode(&[id], false).unwrap_or_default())).collect()
+            let vocabulary = self.shared.engine.vocabulary().into_iter();
+            vocabulary.map(|(_, id)| (id, self.decode(&[id], false).unwrap_or_default())).collect()
         })
     }
 
@@ -141,30 +190,30 @@ impl Tokenizer {
     fn fingerprint(&self) -> u64 {
         *self.shared.fingerprint.get_or_init(|| {
             let mut hasher = DefaultHasher::new();
-            (0..self.shared.inner.get_vocab_size(false) as u32).for_each(|id| self.token(id).hash(&mut hasher));
+            (0..self.shared.engine.vocab_size(false) as u32).for_each(|id| self.token(id).hash(&mut hasher));
             hasher.finish()
         })
     }
 
     /// The number of tokens it knows, added ones included; a model may have logits for more.
     pub fn vocab_size(&self) -> usize {
-        self.shared.inner.get_vocab_size(true)
+        self.shared.engine.vocab_size(true)
     }
 
     /// The token of an id, in the vocabulary's own spelling.
     pub fn token(&self, id: u32) -> Option<String> {
-        self.shared.inner.id_to_token(id)
+        self.shared.engine.token(id)
     }
 
     /// The id of a token, in the vocabulary's own spelling.
     pub fn id(&self, token: &str) -> Option<u32> {
-        self.shared.inner.token_to_id(token)
+        self.shared.engine.id(token)
     }
 
     /// The ids of the tokens that begin with `prefix`, in the vocabulary's own spelling. Looks at the whole vocabulary.
     pub fn extensions(&self, prefix: &str) -> Vec<u32> {
-        let vocabulary = self.shared.inner.get_vocab(true);
-        let mut ids: Vec<u32> = vocabulary.into_iter().filter(|(token, _)| token.starts_with(prefix)).map(|(_, id)| id).collect();
+        let vocabulary = self.shared.engine.vocabulary().into_iter();
+        let mut ids: Vec<u32> = vocabulary.filter(|(token, _)| token.starts_with(prefix)).map(|(_, id)| id).collect();
         ids.sort_unstable();
         ids
     }
@@ -198,20 +247,21 @@ impl Tokenizer {
         self.id(self.shared.named.get(role)?)
     }
 
-    fn new(mut inner: tokenizers::Tokenizer, named: BTreeMap<String, String>, tidy: bool) -> Self {
-        // A prompt is fed as it is: what the file says about batches of training texts must not cut or fill it.
-        inner.with_padding(None);
-        let _ = inner.with_truncation(None);
-        let added = inner.get_added_tokens_decoder();
-        let special = added.into_iter().filter(|(_, token)| token.special).map(|(id, _)| id).collect();
-        Self { shared: Arc::new(Shared { inner, named, special, tidy, texts: OnceLock::new(), fingerprint: OnceLock::new() }) }
+    fn new(mut engine: Engine, languages: Option<Languages>, named: BTreeMap<String, String>, tidy: bool) -> Self {
+        if let Engine::Tokenizers(inner) = &mut engine {
+            // A prompt is fed as it is: what the file says about batches of training texts must not cut or fill it.
+            inner.with_padding(None);
+            let _ = inner.with_truncation(None);
+        }
+        let (special, texts, fingerprint) = (engine.special(), OnceLock::new(), OnceLock::new());
+        Self { shared: Arc::new(Shared { engine, languages, named, special, tidy, texts, fingerprint }) }
     }
 }
 
 /// A tokenizer of one's own. It has no bos, eos and pad, for a checkpoint names these in other files.
 impl From<tokenizers::Tokenizer> for Tokenizer {
     fn from(inner: tokenizers::Tokenizer) -> Self {
-        Self::new(inner, BTreeMap::new(), false)
+        Self::new(Engine::Tokenizers(Box::new(inner)), None, BTreeMap::new(), false)
     }
 }
 
