@@ -41,7 +41,7 @@
 //! | draft and check several tokens at once | [`GenerationConfig::assistant_model`], [`GenerationConfig::prompt_lookup_num_tokens`] |
 //! | mark texts and find the mark | [`logits::WatermarkingConfig`], [`logits::WatermarkDetector`] |
 //! | shape scores, end rows | [`LogitsProcessor`], [`StoppingCriteria`], [`CancelToken`] |
-//! | bring a model | [`Model`], [`Cache`] |
+//! | bring a model | [`Model`], [`Cache`]; [`Foreign`] for those of candle-transformers |
 //! | handle errors | [`Error`] |
 //!
 //! On the CPU, in f32 arithmetic, a row's logits are the same bits alone and in a batch, cached and computed anew, in one
@@ -52,6 +52,7 @@
 mod cache;
 pub mod config;
 mod error;
+mod foreign;
 mod generator;
 mod heal;
 mod hub;
@@ -75,6 +76,7 @@ mod trace;
 pub use candle_core;
 pub use config::{Assistant, GenerationConfig, Strategy};
 pub use error::{Error, Problem, Result};
+pub use foreign::Foreign;
 pub use generator::{Builder, Generator};
 pub use logits::{History, LogitsProcessor};
 pub use memory::Memory;

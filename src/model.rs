@@ -145,6 +145,9 @@ pub struct ModelInfo {
     pub layers: usize,
     /// Whether the config ties the head to the embeddings: the state after the embeddings then names its own token.
     pub tied: bool,
+    /// Whether it runs one row at a time and tells no more than the logits after its last token: what needs more is refused before
+    /// it begins, and a batch runs prompt after prompt.
+    pub single: bool,
     /// Whether prompts are encoded by an encoder and generation starts from a decoder start token.
     pub is_encoder_decoder: bool,
     /// The device the weights are on.
@@ -181,7 +184,7 @@ impl Context {
 }
 
 impl ModelInfo {
-    /// The facts that have no default; the rest (unlimited context, no layers told, a head of its own, decoder-only, CPU, f32, a cache of no size) can be set after.
+    /// The facts that have no default; the rest (unlimited context, no layers told, a head of its own, rows beside each other, decoder-only, CPU, f32, a cache of no size) can be set after.
     pub fn new(name: impl Into<String>, vocab_size: usize) -> Self {
         Self {
             name: name.into(),
@@ -189,6 +192,7 @@ impl ModelInfo {
             context: Context::Unlimited,
             layers: 0,
             tied: false,
+            single: false,
             is_encoder_decoder: false,
             device: Device::Cpu,
             dtype: DType::F32,

@@ -103,32 +103,40 @@ pub(crate) fn config(family: &str) -> Value {
 /// The tensors that a config asks for, with the same random values each time.
 pub(crate) fn tensors(config: &Value) -> Tensors {
     let spec = families::spec(&Fields::new(config.as_object().unwrap().clone())).unwrap();
-    let mut random = Random { rng: ChaCha8Rng::seed_from_u64(7), tensors: Tensors::new() };
+    let mut rng = ChaCha8Rng::seed_from_u64(7);
+    // Values large enough for logits that differ.
+    let mut fill = |shape: &[usize]| (0..shape.iter().product()).map(|_| rng.random_range(-0.5..0.5)).collect();
+    shapes(&spec).into_iter().map(|(name, shape)| (name, (shape.clone(), fill(&shape)))).collect()
+}
+
+/// The tensors that a spec asks for.
+pub(crate) fn shapes(spec: &DecoderSpec) -> Vec<(String, Vec<usize>)> {
+    let mut shapes = Shapes(Vec::new());
     let table = |name: &str| format!("{}{name}.weight", spec.base);
-    random.add(table(spec.embedding), vec![spec.vocab, spec.outer()]);
+    shapes.add(table(spec.embedding), vec![spec.vocab, spec.outer()]);
     if let Some(name) = spec.embedding_norm {
-        random.norm(spec.norm, &format!("{}{name}", spec.base), spec.hidden);
+        shapes.norm(spec.norm, &format!("{}{name}", spec.base), spec.hidden);
     }
     if let Some(Projection { width, inward, outward }) = spec.projection {
-        random.add(table(inward), vec![spec.hidden, width]);
-        random.add(table(outward), vec![width, spec.hidden]);
+        shapes.add(table(inward), vec![spec.hidden, width]);
+        shapes.add(table(outward), vec![width, spec.hidden]);
     }
     if let Positions::Learned { name, skip, len } = spec.positions {
-        random.add(table(name), vec![skip + len, spec.hidden]);
+        shapes.add(table(name), vec![skip + len, spec.hidden]);
     }
     for index in 0..spec.attention.len() {
-        random.layer(&spec, index);
+        shapes.layer(spec, index);
     }
     if let Some(name) = spec.final_norm {
-        random.norm(spec.norm, &format!("{}{name}", spec.base), spec.hidden);
+        shapes.norm(spec.norm, &format!("{}{name}", spec.base), spec.hidden);
     }
     if let Head::Own(Linear { name, bias }) = spec.head {
-        random.add(format!("{name}.weight"), vec![spec.vocab, spec.outer()]);
+        shapes.add(format!("{name}.weight"), vec![spec.vocab, spec.outer()]);
         if bias {
-            random.add(format!("{name}.bias"), vec![spec.vocab]);
+            shapes.add(format!("{name}.bias"), vec![spec.vocab]);
         }
     }
-    random.tensors
+    shapes.0
 }
 
 /// Writes a safetensors file.
@@ -145,16 +153,12 @@ pub(crate) fn save(path: &Path, tensors: &Tensors, dtype: Dtype) {
     std::fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
 }
 
-struct Random {
-    rng: ChaCha8Rng,
-    tensors: Tensors,
-}
+/// Names and shapes of tensors.
+struct Shapes(Vec<(String, Vec<usize>)>);
 
-impl Random {
-    /// Values large enough for logits that differ.
+impl Shapes {
     fn add(&mut self, name: String, shape: Vec<usize>) {
-        let values = (0..shape.iter().product()).map(|_| self.rng.random_range(-0.5..0.5)).collect();
-        self.tensors.insert(name, (shape, values));
+        self.0.push((name, shape));
     }
 
     fn norm(&mut self, norm: Norm, name: &str, width: usize) {
@@ -177,27 +181,26 @@ impl Random {
             }
             Qkv::Fused(qkv) | Qkv::Grouped(qkv) => linears.push((qkv, width + 2 * kv_width, spec.hidden)),
         }
-        match spec.mlp {
-            Mlp::Plain { up, down, inner, .. } => linears.extend([(up, inner, spec.hidden), (down, spec.hidden, inner)]),
-            Mlp::Gated { gate, up, down, inner, .. } => {
+        let prefix = format!("{}{}{index}.", spec.base, spec.layer);
+        match (spec.experts.as_ref().filter(|experts| experts.layers[index]), spec.mlp) {
+            (Some(experts), _) => {
+                self.add(format!("{prefix}{}.weight", experts.router), vec![experts.count, spec.hidden]);
+                for expert in 0..experts.count {
+                    for (name, shape) in [
+                        (experts.gate, [experts.inner, spec.hidden]),
+                        (experts.up, [experts.inner, spec.hidden]),
+                        (experts.down, [spec.hidden, experts.inner]),
+                    ] {
+                        self.add(format!("{prefix}{}{expert}.{name}.weight", experts.expert), shape.to_vec());
+                    }
+                }
+            }
+            (None, Mlp::Plain { up, down, inner, .. }) => linears.extend([(up, inner, spec.hidden), (down, spec.hidden, inner)]),
+            (None, Mlp::Gated { gate, up, down, inner, .. }) => {
                 linears.extend([(gate, inner, spec.hidden), (up, inner, spec.hidden), (down, spec.hidden, inner)]);
             }
-            Mlp::GatedFused { gate_up, down, inner, .. } => {
+            (None, Mlp::GatedFused { gate_up, down, inner, .. }) => {
                 linears.extend([(gate_up, 2 * inner, spec.hidden), (down, spec.hidden, inner)]);
-            }
-        }
-        let prefix = format!("{}{}{index}.", spec.base, spec.layer);
-        if let Some(experts) = spec.experts.as_ref().filter(|experts| experts.layers[index]) {
-            // Beside the dense part, which is not read then.
-            self.add(format!("{prefix}{}.weight", experts.router), vec![experts.count, spec.hidden]);
-            for expert in 0..experts.count {
-                for (name, shape) in [
-                    (experts.gate, [experts.inner, spec.hidden]),
-                    (experts.up, [experts.inner, spec.hidden]),
-                    (experts.down, [spec.hidden, experts.inner]),
-                ] {
-                    self.add(format!("{prefix}{}{expert}.{name}.weight", experts.expert), shape.to_vec());
-                }
             }
         }
         for (Linear { name, bias }, outputs, inputs) in linears {

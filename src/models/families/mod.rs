@@ -1,6 +1,8 @@
 //! The known families: `config.json` to a [`DecoderSpec`], one short function each.
 
 mod classic;
+#[cfg(test)]
+mod forms;
 mod rotary;
 
 use super::{
