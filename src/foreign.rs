@@ -21,9 +21,7 @@ type Reset<M> = dyn Fn(&mut M) -> candle_core::Result<()> + Send + Sync;
 /// implement [`Model`] and [`Cache`] for that.
 ///
 /// ```
-/// use candle_core::{Device, Tensor};
-/// use candle_generate::{Foreign, GenerationConfig, Generator, ModelInfo};
-/// # use candle_generate::candle_core;
+/// use candle_generate::{Foreign, GenerationConfig, Generator, ModelInfo, candle_core::Tensor};
 ///
 /// // Counts the tokens that it has seen, and says that number next.
 /// struct Counter(usize);
@@ -33,8 +31,8 @@ type Reset<M> = dyn Fn(&mut M) -> candle_core::Result<()> + Send + Sync;
 ///     Counter(0),
 ///     |counter, ids, _position| {
 ///         counter.0 += ids.elem_count();
-///         Tensor::zeros((1, 16), candle_core::DType::F32, &Device::Cpu)?
-///             .slice_scatter(&Tensor::ones((1, 1), candle_core::DType::F32, &Device::Cpu)?, 1, counter.0)
+///         let logits: Vec<f32> = (0..16).map(|id| f32::from(u8::from(id == counter.0))).collect();
+///         Tensor::from_vec(logits, (1, 16), ids.device())
 ///     },
 ///     |counter| {
 ///         counter.0 = 0;
@@ -42,7 +40,7 @@ type Reset<M> = dyn Fn(&mut M) -> candle_core::Result<()> + Send + Sync;
 ///     },
 /// );
 /// let generator = Generator::new(model, None);
-/// let output = generator.generate(vec![7, 7, 7], &GenerationConfig::greedy().max_new_tokens(4))?;
+/// let output = generator.generate(vec![7u32, 7, 7], &GenerationConfig::greedy().max_new_tokens(4))?;
 /// assert_eq!(output.tokens(), [3, 4, 5, 6]);
 /// # Ok::<(), candle_generate::Error>(())
 /// ```

@@ -130,11 +130,12 @@ pub(crate) fn shapes(spec: &DecoderSpec) -> Vec<(String, Vec<usize>)> {
     if let Some(name) = spec.final_norm {
         shapes.norm(spec.norm, &format!("{}{name}", spec.base), spec.hidden);
     }
-    if let Head::Own(Linear { name, bias }) = spec.head {
+    let (Head::Own(Linear { name, bias }) | Head::Tied(Linear { name, bias })) = spec.head;
+    if matches!(spec.head, Head::Own(_)) {
         shapes.add(format!("{name}.weight"), vec![spec.vocab, spec.outer()]);
-        if bias {
-            shapes.add(format!("{name}.bias"), vec![spec.vocab]);
-        }
+    }
+    if bias {
+        shapes.add(format!("{name}.bias"), vec![spec.vocab]);
     }
     shapes.0
 }

@@ -130,7 +130,7 @@ EVERYWHERE = {
 }
 NULLS = {
     "null heads": dict(num_key_value_heads=None),
-    "no heads": dict(num_key_value_heads=ABSENT),
+    "no heads": dict(num_key_value_heads=ABSENT, num_attention_heads=32, hidden_size=128),
     "null head_dim": dict(head_dim=None),
     "no head_dim": dict(head_dim=ABSENT),
     "head_dim": dict(head_dim=24),
@@ -236,7 +236,6 @@ OWN = {
         "new, no heads": dict(new_decoder_architecture=True),
         "new, null heads": dict(new_decoder_architecture=True, num_kv_heads=None),
         "new, one norm": dict(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1),
-        "one norm": dict(num_ln_in_parallel_attn=2),
         "serial": dict(parallel_attn=False),
         "alibi": dict(alibi=True),
         "biases": dict(bias=True),
@@ -245,13 +244,13 @@ OWN = {
         "width": dict(n_embed=48, hidden_size=ABSENT),
         "activation": dict(activation="relu", layer_norm_epsilon=1e-3),
     },
-    "phi": THETAS | {"null heads": dict(num_key_value_heads=None), "no heads": dict(num_key_value_heads=ABSENT)} | {
+    "phi": THETAS | {"null heads": NULLS["null heads"], "no heads": NULLS["no heads"]} | {
         "norms": dict(qk_layernorm=True),
         "as published": dict(hidden_act="gelu_new", layer_norm_eps=1e-6, partial_rotary_factor=0.25, rope_theta=500.0, rope_scaling=None),
         "part and scaling": dict(partial_rotary_factor=0.75, rope_scaling=dict(type="linear", factor=2.0)),
         "both parts": dict(partial_rotary_factor=0.75, rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)),
     },
-    "stablelm": THETAS | {"no heads": dict(num_key_value_heads=ABSENT)} | {
+    "stablelm": THETAS | {"no heads": NULLS["no heads"]} | {
         "norms": dict(qk_layernorm=True),
         "parallel": dict(use_parallel_residual=True),
         "biases": dict(use_qkv_bias=True),
@@ -260,7 +259,7 @@ OWN = {
     },
     "starcoder2": THETAS | WINDOW | {
         "null heads": dict(num_key_value_heads=None),
-        "no heads": dict(num_key_value_heads=ABSENT),
+        "no heads": NULLS["no heads"],
         "no biases": dict(use_bias=False),
         "as published": dict(
             hidden_act="gelu_pytorch_tanh", norm_epsilon=1e-6, norm_type="layer_norm", mlp_type="default", sliding_window=16,
@@ -293,10 +292,10 @@ OWN = {
         "activation": dict(hidden_activation="silu"),
         "pattern": dict(sliding_window_pattern=3),
     },
-    "gemma3_text": ROPES | NULLS | GEMMA3 | BIASES,
+    "gemma3_text": {name: form for name, form in ROPES.items() if "original beside" not in name} | NULLS | GEMMA3 | BIASES,
     "phi3": THETAS | {name: form for name, form in SCALED.items() if name.startswith("long")} | WINDOW | {
         "null heads": dict(num_key_value_heads=None),
-        "no heads": dict(num_key_value_heads=ABSENT),
+        "no heads": NULLS["no heads"],
         "su": dict(original_max_position_embeddings=16, rope_scaling=dict(type="su", **LONG)),
         "yarn": dict(original_max_position_embeddings=16, rope_scaling=dict(type="yarn", **LONG)),
         "su, original inside": dict(rope_scaling=dict(type="su", original_max_position_embeddings=16, **LONG)),
@@ -356,7 +355,7 @@ def rounded(value):
 
 def rotations(model, config):
     found = submodules(model, "RotaryEmbedding")
-    if not found:
+    if not found or getattr(config, "alibi", False):
         return []
     trained = config.max_position_embeddings
     sets = []
@@ -371,7 +370,7 @@ def rotations(model, config):
             rotary(torch.zeros(1), torch.tensor([[length - 1]]), *([layer_type] if layer_type else []))
             inv_freq = getattr(rotary, f"{prefix}inv_freq")
             scale = getattr(rotary, f"{prefix}attention_scaling")
-            at.append([len(inv_freq), *(rounded(inv_freq[place].item()) for place in (0, 1, -1)), rounded(scale)])
+            at.append([len(inv_freq), *(rounded(inv_freq[place].item()) for place in (0, 1 if len(inv_freq) > 1 else 0, -1)), rounded(scale)])
         sets.append(at if at[0] != at[1] else at[:1])
     return sets
 

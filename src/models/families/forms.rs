@@ -121,7 +121,7 @@ fn rotations(spec: &DecoderSpec) -> Vec<Value> {
     let at = |rotation: &Rotation, len| {
         let rope = rotation.at(len);
         let place = |index| rope.inv_freq.get(index);
-        json!([rope.inv_freq.len(), place(0), place(1), rope.inv_freq.last(), rope.scale])
+        json!([rope.inv_freq.len(), place(0), place(1.min(rope.inv_freq.len() - 1)), rope.inv_freq.last(), rope.scale])
     };
     let told = |(index, rotation)| {
         let (short, long) = (at(rotation, 1), at(rotation, 3 * trained));
