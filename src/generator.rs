@@ -104,7 +104,7 @@ impl Generator {
             return Err(Error::Unsupported("a prefix for an encoder-decoder model, whose prompts are encoded whole".into()));
         }
         let plan = self.plan(&GenerationConfig::greedy().max_new_tokens(1).use_cache(true))?;
-        let ids = self.fed(&self.written(prompt.into())?, plan.bos)?;
+        let ids = self.fed(&self.written(prompt.into())?, &plan)?;
         let mut stream = Stream::new(Run::new(self.setting.clone(), plan, vec![ids])?.keep());
         stream.by_ref().try_for_each(|piece| piece.map(drop))?;
         let (_, prefix) = stream.end()?;

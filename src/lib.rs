@@ -42,7 +42,7 @@
 //! | draft and check several tokens at once | [`GenerationConfig::assistant_model`], [`GenerationConfig::prompt_lookup_num_tokens`] |
 //! | mark texts and find the mark | [`logits::WatermarkingConfig`], [`logits::WatermarkDetector`] |
 //! | shape scores, end rows | [`LogitsProcessor`], [`StoppingCriteria`], [`CancelToken`] |
-//! | bring a model | [`Model`], [`Cache`] |
+//! | bring a model | [`Model`], [`Cache`]; [`Foreign`] for those of candle-transformers |
 //! | handle errors | [`Error`] |
 //!
 //! On the CPU, in f32 arithmetic, a row's logits are the same bits alone and in a batch, cached and computed anew, in one
@@ -55,6 +55,7 @@ mod chat;
 pub mod config;
 mod device;
 mod error;
+mod foreign;
 mod generator;
 mod heal;
 mod hub;
@@ -81,6 +82,7 @@ pub use chat::{Chat, Reply};
 pub use config::{Assistant, GenerationConfig, Strategy};
 pub use device::device;
 pub use error::{Error, Problem, Result};
+pub use foreign::Foreign;
 pub use generator::{Builder, Generator};
 pub use logits::{History, LogitsProcessor};
 pub use memory::Memory;

@@ -154,6 +154,9 @@ pub struct ModelInfo {
     pub layers: usize,
     /// Whether the config ties the head to the embeddings: the state after the embeddings then names its own token.
     pub tied: bool,
+    /// Whether it runs one row at a time and tells no more than the logits after its last token: what needs more is refused before
+    /// it begins, and a batch runs prompt after prompt.
+    pub single: bool,
     /// Whether prompts are encoded by an encoder and generation starts from a decoder start token.
     pub is_encoder_decoder: bool,
     /// The number of ids that the encoder knows, where there is one.
@@ -196,7 +199,7 @@ impl Context {
 }
 
 impl ModelInfo {
-    /// The facts that have no default; the rest (unlimited context, no layers told, a head of its own, decoder-only, CPU, f32, a cache of no size) can be set after.
+    /// The facts that have no default; the rest (unlimited context, no layers told, a head of its own, rows beside each other, decoder-only, CPU, f32, a cache of no size) can be set after.
     pub fn new(name: impl Into<String>, vocab_size: usize) -> Self {
         Self {
             name: name.into(),
@@ -204,6 +207,7 @@ impl ModelInfo {
             context: Context::Unlimited,
             layers: 0,
             tied: false,
+            single: false,
             is_encoder_decoder: false,
             source_vocab_size: vocab_size,
             source_context: Context::Unlimited,

@@ -233,7 +233,8 @@ impl Run {
             tokens = tokens.saturating_add(more_tokens).saturating_add(next.source_len());
             bytes = bytes.saturating_add(more_bytes);
             let over = self.setting.memory_limit.is_some_and(|limit| bytes.saturating_add(weights) > limit);
-            if (over || tokens > self.setting.batch_tokens) && !(self.rows.is_empty() && admitted.is_empty()) {
+            let full = over || self.setting.model.info().single || tokens > self.setting.batch_tokens;
+            if full && !(self.rows.is_empty() && admitted.is_empty()) {
                 break;
             }
             admitted.extend(self.waiting.pop_front());
@@ -281,15 +282,14 @@ impl Run {
         {
             self.kept = Prefix::new(&row.tokens, row.cache.fork())?;
         }
-        fresh.iter().for_each(|row| self.fork(row));
+        fresh.into_iter().for_each(|row| self.fork(row));
         Ok(())
     }
 
     // The rows that a prompt begins with, each with its number and its seed.
-    fn fork(&mut self, prompt: &Row) {
+    fn fork(&mut self, prompt: Row) {
         let width = self.search.width(&self.plan);
-        for copy in 0..width {
-            let mut row = prompt.clone();
+        for (copy, mut row) in std::iter::repeat_n(prompt, width).enumerate() {
             row.number = row.prompt * width + copy;
             row.seed = match &self.plan.seeds {
                 Seeds::One(seed) => pick::row_seed(*seed, row.number as u64),
@@ -368,7 +368,7 @@ impl Run {
     fn cancel(&mut self) -> Result<()> {
         for waiting in mem::take(&mut self.waiting) {
             let row = waiting.row(Box::new(Unfed), &self.plan, self.setting.tokenizer.as_ref())?;
-            self.fork(&row);
+            self.fork(row);
         }
         self.search.cancel(&mut self.rows, &self.plan)
     }

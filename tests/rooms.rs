@@ -9,7 +9,7 @@ use std::{
 const FLOORS: [&[&str]; 11] = [
     &["error", "progress"],
     &["device", "model", "cache", "logits", "text", "trace", "output", "hub", "kernels"],
-    &["stop", "constrain", "models"],
+    &["stop", "constrain", "models", "foreign"],
     &["config"],
     &["plan", "memory"],
     &["rows"],

@@ -323,7 +323,7 @@ fn ends<O: Ops>(spec: &DecoderSpec, loader: &Loader<'_, O>, weights: &Weights) -
 mod tests {
     #![allow(clippy::unwrap_used)]
     use crate::model::{Feed, Start, Want};
-    use crate::models::{LoadOptions, load, tiny};
+    use crate::models::{LoadOptions, families, fields::Fields, load, spec::Head, tiny};
     use safetensors::Dtype;
 
     const HEAD: &str = "lm_head.weight";
@@ -331,7 +331,11 @@ mod tests {
 
     /// Logits of a tiny gemma2, whose head is tied, with some tensors changed.
     fn logits(change: impl FnOnce(&mut tiny::Tensors)) -> Vec<f32> {
-        let config = tiny::config("gemma2");
+        logits_of("gemma2", change)
+    }
+
+    fn logits_of(family: &str, change: impl FnOnce(&mut tiny::Tensors)) -> Vec<f32> {
+        let config = tiny::config(family);
         let folder = tiny::write(&config, Dtype::F32);
         let mut tensors = tiny::tensors(&config);
         change(&mut tensors);
@@ -356,5 +360,24 @@ mod tests {
             tensors.insert(HEAD.into(), (shape, values.iter().map(|value| -value).collect()));
         });
         assert_eq!(negated, tied.iter().map(|logit| -logit).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn every_family_reads_bare_names_old_buffers_and_a_copy_of_a_tied_head() {
+        for family in tiny::FAMILIES {
+            let spec = families::spec(&Fields::new(tiny::config(family).as_object().unwrap().clone())).unwrap();
+            let bare = logits_of(family, |tensors| {
+                if let Head::Tied(head) = spec.head {
+                    let table = tensors[&format!("{}{}.weight", spec.base, spec.embedding)].clone();
+                    tensors.insert(format!("{}.weight", head.name), table);
+                }
+                for part in ["self_attn.rotary_emb.inv_freq", "attention.rotary_emb.inv_freq", "attn.bias", "attention.masked_bias"] {
+                    tensors.insert(format!("{}{}0.{part}", spec.base, spec.layer), (vec![1, 1, 2], vec![9.0; 2]));
+                }
+                let short = |name: &str| name.strip_prefix(spec.base).unwrap_or(name).to_owned();
+                *tensors = std::mem::take(tensors).into_iter().map(|(name, tensor)| (short(&name), tensor)).collect();
+            });
+            assert_eq!(bare, logits_of(family, |_| {}), "{family}");
+        }
     }
 }

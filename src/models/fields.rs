@@ -41,6 +41,12 @@ impl Fields {
         }
     }
 
+    /// The same with the fields of `other`, which come first.
+    pub fn updated(mut self, other: Self) -> Self {
+        self.map.extend(other.map);
+        self
+    }
+
     /// Whether a field is there and not null.
     pub fn has(&self, name: &str) -> bool {
         self.map.get(name).is_some_and(|value| !value.is_null())

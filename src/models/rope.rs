@@ -66,18 +66,22 @@ pub(crate) struct Heads {
     pub original: Option<usize>,
 }
 
+/// What `config.json` says of its rotation in an object of its own.
+pub(crate) fn scaling(config: &Fields) -> Result<Option<Fields>> {
+    // HF: 4.x writes `rope_theta` beside `rope_scaling`, 5.x both into `rope_parameters`. The reference reads all forms, in this order.
+    match config.object("rope_scaling")? {
+        Some(fields) => Ok(Some(fields)),
+        None => config.object("rope_parameters"),
+    }
+}
+
 /// The rotation that `config.json` asks for.
 pub(crate) fn rope(config: &Fields, heads: Heads) -> Result<Rotation> {
-    // HF: 4.x writes `rope_theta` beside `rope_scaling`, 5.x both into `rope_parameters`. The reference reads all forms, in this order.
-    let fields = match config.object("rope_scaling")? {
-        Some(fields) => Some(fields),
-        None => config.object("rope_parameters")?,
-    };
     let partial = match heads.partial {
         Some(partial) => Some(config.positive("partial_rotary_factor", partial)?),
         None => None,
     };
-    rotation(config, fields.as_ref(), Heads { theta: config.positive("rope_theta", heads.theta)?, partial, ..heads })
+    rotation(config, scaling(config)?.as_ref(), Heads { theta: config.positive("rope_theta", heads.theta)?, partial, ..heads })
 }
 
 /// The rotation that `fields`, a part of `config`, ask for; what they leave out is as `heads` say.

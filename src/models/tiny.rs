@@ -127,25 +127,34 @@ pub(crate) fn config(family: &str) -> Value {
 /// The tensors that a config asks for, with the same random values each time.
 pub(crate) fn tensors(config: &Value) -> Tensors {
     let spec = families::spec(&Fields::new(config.as_object().unwrap().clone())).unwrap();
-    let mut random = Random { rng: ChaCha8Rng::seed_from_u64(7), tensors: Tensors::new() };
-    random.add(format!("{}{}.weight", spec.base, spec.embedding), vec![spec.vocab, spec.outer()]);
-    random.stack(&spec, spec.encoder.as_ref().map(|encoder| &encoder.cross));
+    let mut rng = ChaCha8Rng::seed_from_u64(7);
+    // Values large enough for logits that differ.
+    let mut fill = |shape: &[usize]| (0..shape.iter().product()).map(|_| rng.random_range(-0.5..0.5)).collect();
+    shapes(&spec).into_iter().map(|(name, shape)| (name, (shape.clone(), fill(&shape)))).collect()
+}
+
+/// The tensors that a spec asks for.
+pub(crate) fn shapes(spec: &DecoderSpec) -> Vec<(String, Vec<usize>)> {
+    let mut shapes = Shapes(Vec::new());
+    shapes.add(format!("{}{}.weight", spec.base, spec.embedding), vec![spec.vocab, spec.outer()]);
+    shapes.stack(spec, spec.encoder.as_ref().map(|encoder| &encoder.cross));
     if let Some(Encoder { stack, .. }) = spec.encoder.as_deref() {
         if stack.aliases.is_empty() {
-            random.add(format!("{}{}.weight", stack.base, stack.embedding), vec![stack.vocab, stack.hidden]);
+            shapes.add(format!("{}{}.weight", stack.base, stack.embedding), vec![stack.vocab, stack.hidden]);
         }
-        random.stack(stack, None);
+        shapes.stack(stack, None);
     }
-    if let Head::Own(Linear { name, bias }) = spec.head {
-        random.add(format!("{name}.weight"), vec![spec.vocab, spec.outer()]);
-        if bias {
-            random.add(format!("{name}.bias"), vec![spec.vocab]);
-        }
+    let (Head::Own(Linear { name, bias }) | Head::Tied(Linear { name, bias })) = spec.head;
+    if matches!(spec.head, Head::Own(_)) {
+        shapes.add(format!("{name}.weight"), vec![spec.vocab, spec.outer()]);
+    }
+    if bias {
+        shapes.add(format!("{name}.bias"), vec![spec.vocab]);
     }
     if let Some(name) = spec.logits_bias {
-        random.add(name.to_owned(), vec![1, spec.vocab]);
+        shapes.add(name.to_owned(), vec![1, spec.vocab]);
     }
-    random.tensors
+    shapes.0
 }
 
 /// Writes a safetensors file.
@@ -162,16 +171,12 @@ pub(crate) fn save(path: &Path, tensors: &Tensors, dtype: Dtype) {
     std::fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
 }
 
-struct Random {
-    rng: ChaCha8Rng,
-    tensors: Tensors,
-}
+/// Names and shapes of tensors.
+struct Shapes(Vec<(String, Vec<usize>)>);
 
-impl Random {
-    /// Values large enough for logits that differ.
+impl Shapes {
     fn add(&mut self, name: String, shape: Vec<usize>) {
-        let values = (0..shape.iter().product()).map(|_| self.rng.random_range(-0.5..0.5)).collect();
-        self.tensors.insert(name, (shape, values));
+        self.0.push((name, shape));
     }
 
     fn norm(&mut self, norm: Norm, name: &str, width: usize) {
@@ -215,16 +220,28 @@ impl Random {
             }
             Qkv::Fused(qkv) | Qkv::Grouped(qkv) => linears.push((qkv, width + 2 * kv_width, spec.hidden)),
         }
-        match spec.mlp {
-            Mlp::Plain { up, down, inner, .. } => linears.extend([(up, inner, spec.hidden), (down, spec.hidden, inner)]),
-            Mlp::Gated { gate, up, down, inner, .. } => {
+        let prefix = format!("{}{}{index}.", spec.base, spec.layer);
+        match (spec.experts.as_ref().filter(|experts| experts.layers[index]), spec.mlp) {
+            (Some(experts), _) => {
+                self.add(format!("{prefix}{}.weight", experts.router), vec![experts.count, spec.hidden]);
+                for expert in 0..experts.count {
+                    for (name, shape) in [
+                        (experts.gate, [experts.inner, spec.hidden]),
+                        (experts.up, [experts.inner, spec.hidden]),
+                        (experts.down, [spec.hidden, experts.inner]),
+                    ] {
+                        self.add(format!("{prefix}{}{expert}.{name}.weight", experts.expert), shape.to_vec());
+                    }
+                }
+            }
+            (None, Mlp::Plain { up, down, inner, .. }) => linears.extend([(up, inner, spec.hidden), (down, spec.hidden, inner)]),
+            (None, Mlp::Gated { gate, up, down, inner, .. }) => {
                 linears.extend([(gate, inner, spec.hidden), (up, inner, spec.hidden), (down, spec.hidden, inner)]);
             }
-            Mlp::GatedFused { gate_up, down, inner, .. } => {
+            (None, Mlp::GatedFused { gate_up, down, inner, .. }) => {
                 linears.extend([(gate_up, 2 * inner, spec.hidden), (down, spec.hidden, inner)]);
             }
         }
-        let prefix = format!("{}{}{index}.", spec.base, spec.layer);
         if let Some(Cross { norm, query, key, value, out, .. }) = cross {
             linears.extend([(*query, width, spec.hidden), (*key, kv_width, spec.hidden), (*value, kv_width, spec.hidden)]);
             linears.push((*out, spec.hidden, width));
@@ -234,19 +251,6 @@ impl Random {
             && (each || index == 0)
         {
             self.add(format!("{prefix}{name}.weight"), vec![buckets, attention.heads]);
-        }
-        if let Some(experts) = spec.experts.as_ref().filter(|experts| experts.layers[index]) {
-            // Beside the dense part, which is not read then.
-            self.add(format!("{prefix}{}.weight", experts.router), vec![experts.count, spec.hidden]);
-            for expert in 0..experts.count {
-                for (name, shape) in [
-                    (experts.gate, [experts.inner, spec.hidden]),
-                    (experts.up, [experts.inner, spec.hidden]),
-                    (experts.down, [spec.hidden, experts.inner]),
-                ] {
-                    self.add(format!("{prefix}{}{expert}.{name}.weight", experts.expert), shape.to_vec());
-                }
-            }
         }
         for (Linear { name, bias }, outputs, inputs) in linears {
             let shape = if spec.layout == Layout::Conv1d { [inputs, outputs] } else { [outputs, inputs] };

@@ -199,6 +199,9 @@ impl<'a> Check<'a> {
             self.unsupported.push(format!("the mode {} is not built yet", self.strategy.name()));
         }
         self.own_fields();
+        if self.info.single {
+            self.single();
+        }
         self.whole("num_beams", config.num_beams, 1);
         self.number("assistant_ensemble_weight", config.assistant_ensemble_weight, "a number above 0 and below 1", |x| x > 0.0 && x < 1.0);
         let assisted = matches!(self.strategy, Strategy::Assisted { .. });
@@ -212,6 +215,20 @@ impl<'a> Check<'a> {
             ("output_hidden_states", config.output_hidden_states == Some(true)),
         ];
         self.unsupported.extend(asked.into_iter().filter(|(_, asked)| *asked).map(|(field, _)| format!("{field} is not built yet")));
+    }
+
+    /// What is left of the modes where the model runs one row at a time.
+    fn single(&mut self) {
+        let (config, mode) = (self.config, self.strategy.name());
+        let rows = config.num_return_sequences.filter(|&rows| rows > 1 && self.strategy.samples());
+        let asked = [
+            (!matches!(self.strategy, Strategy::Greedy | Strategy::Sample))
+                .then(|| format!("{mode}; accepted are greedy search and sampling, or implement Model and Cache")),
+            rows.map(|rows| format!("num_return_sequences = {rows}; accepted is 1: generate once for each seed")),
+            config.guidance_scale.filter(|&scale| scale != 1.0).map(|_| "guidance_scale, which needs two contexts; accepted is 1".into()),
+        ];
+        let name = &self.info.name;
+        self.unsupported.extend(asked.into_iter().flatten().map(|what| format!("{name} runs one row at a time: {what}")));
     }
 
     /// Where drafts come from.

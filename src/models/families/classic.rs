@@ -6,7 +6,7 @@ use crate::{
     kernels::{Activation, Alibi, Attention, Bias, Sight},
     models::{
         fields::{COUNT, Fields, WIDTH},
-        rope::{Heads, rope},
+        rope::{Heads, rope, rotation, scaling},
         spec::{DecoderSpec, Extent, Head, Layout, Linear, Mlp, Norm, NormKind, Positions, Projection, QkNorm, Qkv, Residual},
     },
 };
@@ -60,13 +60,22 @@ pub(super) fn gpt_neox(config: &Fields) -> Result<DecoderSpec> {
     let bias = config.flag("attention_bias", true)?;
     let attention = attention(config, hidden, "num_attention_heads", 64)?;
     let layers = config.size("num_hidden_layers", 44, COUNT)?;
-    // HF: these are the only names that the reference reads; what 4.x wrote has the common ones too, with the same values.
-    let (theta, partial) = (config.positive("rotary_emb_base", 10_000.0)?, config.positive("rotary_pct", 0.25)?);
+    let trained = config.size("max_position_embeddings", 2048, WIDTH)?;
+    // HF: beside the rope's own object these are the only names that the reference reads; what 4.x wrote has the common ones too,
+    // with the same values.
+    let heads = Heads {
+        dim: attention.head_dim,
+        partial: Some(config.positive("rotary_pct", 0.25)?),
+        theta: config.positive("rotary_emb_base", 10_000.0)?,
+        trained,
+        original: None,
+    };
+    let rotations = vec![rotation(config, scaling(config)?.as_ref(), heads)?];
     let shape = Shape {
         family: "gpt_neox",
         vocab: config.size("vocab_size", 50_432, WIDTH)?,
         hidden,
-        positions: rotary(config, attention.head_dim, layers, 2048, Turn { theta, partial: Some(partial) })?,
+        positions: Positions::Rope { rotations, layers: vec![Some(0); layers], trained },
         attention: vec![attention; layers],
         qkv: Qkv::Grouped(Linear { name: "attention.query_key_value", bias }),
         out: Linear { name: "attention.dense", bias },
@@ -186,7 +195,7 @@ pub(super) fn falcon(config: &Fields) -> Result<DecoderSpec> {
         attention.bias = Bias::Alibi(biases.collect());
         Positions::Alibi { trained: Some(trained) }
     } else {
-        rotary(config, attention.head_dim, layers, trained, WHOLE)?
+        rotary(config, attention.head_dim, layers, trained, None)?
     };
     // HF: the new architecture is parallel whatever `parallel_attn` says.
     let residual = if new && config.optional_size("num_ln_in_parallel_attn", None, 2)?.unwrap_or(2) == 2 {
@@ -233,7 +242,7 @@ pub(super) fn phi(config: &Fields) -> Result<DecoderSpec> {
         family: "phi",
         vocab: config.size("vocab_size", 51_200, WIDTH)?,
         hidden,
-        positions: rotary(config, attention.head_dim, layers, 2048, Turn { partial: Some(0.5), ..WHOLE })?,
+        positions: rotary(config, attention.head_dim, layers, 2048, Some(0.5))?,
         attention: vec![attention; layers],
         qkv: Qkv::Split(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].map(linear)),
         out: linear("self_attn.dense"),
@@ -274,7 +283,7 @@ pub(super) fn stablelm(config: &Fields) -> Result<DecoderSpec> {
         family: "stablelm",
         vocab: config.size("vocab_size", 50_304, WIDTH)?,
         hidden,
-        positions: rotary(config, attention.head_dim, layers, 4096, Turn { partial: Some(0.25), ..WHOLE })?,
+        positions: rotary(config, attention.head_dim, layers, 4096, Some(0.25))?,
         attention: vec![attention; layers],
         qkv: Qkv::Split(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].map(|name| Linear { name, bias })),
         out: linear("self_attn.o_proj"),
@@ -311,7 +320,7 @@ pub(super) fn starcoder2(config: &Fields) -> Result<DecoderSpec> {
         family: "starcoder2",
         vocab: config.size("vocab_size", 49_152, WIDTH)?,
         hidden,
-        positions: rotary(config, attention.head_dim, layers, 4096, WHOLE)?,
+        positions: rotary(config, attention.head_dim, layers, 4096, None)?,
         attention: vec![attention; layers],
         qkv: Qkv::Split(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].map(linear)),
         out: linear("self_attn.o_proj"),
@@ -384,19 +393,11 @@ fn attention(config: &Fields, hidden: usize, field: &str, default: usize) -> Res
     Ok(Attention { heads, kv_heads: heads, head_dim, scale, softcap: None, sight: Sight::Causal, bias: Bias::None })
 }
 
-/// How heads turn unless the config says otherwise.
-struct Turn {
-    theta: f64,
-    /// The share of a head that turns, where the family reads it.
-    partial: Option<f64>,
-}
-
-const WHOLE: Turn = Turn { theta: 10_000.0, partial: None };
-
-/// Rotary positions, the same in all layers, in a model made for `trained` positions unless the config says otherwise.
-fn rotary(config: &Fields, head_dim: usize, layers: usize, trained: usize, turn: Turn) -> Result<Positions> {
+/// Rotary positions, the same in all layers, in a model made for `trained` positions unless the config says otherwise; `partial` is
+/// the share of a head that turns, where the family reads it.
+fn rotary(config: &Fields, head_dim: usize, layers: usize, trained: usize, partial: Option<f64>) -> Result<Positions> {
     let trained = config.size("max_position_embeddings", trained, WIDTH)?;
-    let heads = Heads { dim: head_dim, partial: turn.partial, theta: turn.theta, trained, original: None };
+    let heads = Heads { dim: head_dim, partial, theta: 10_000.0, trained, original: None };
     Ok(Positions::Rope { rotations: vec![rope(config, heads)?], layers: vec![Some(0); layers], trained })
 }
 

@@ -1,6 +1,8 @@
 //! The known families: `config.json` to a [`DecoderSpec`], one short function each.
 
 mod classic;
+#[cfg(test)]
+mod forms;
 mod rotary;
 mod seq2seq;
 
@@ -349,9 +351,21 @@ mod tests {
     }
 
     #[test]
+    fn the_page_of_families_has_a_row_for_each() {
+        let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/families.md")).unwrap();
+        let rows: Vec<Vec<&str>> = (page.lines().filter(|line| line.starts_with("| `")).skip(1))
+            .map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
+            .collect();
+        let named: Vec<String> = rows.iter().map(|row| row[0].trim_matches('`').to_owned()).collect();
+        assert_eq!(named, FAMILIES.map(|(family, _)| family));
+        for row in rows {
+            assert!(row.len() == 5 && row[1..4].iter().all(|cell| !cell.is_empty()), "{row:?}");
+        }
+    }
+
+    #[test]
     fn unknown_models_are_refused_by_name() {
-        let known = "known are gpt2, gpt_neox, opt, bloom, falcon, phi, stablelm, starcoder2, llama, mistral, \
-            qwen2, qwen3, gemma, gemma2, gemma3, gemma3_text, phi3, smollm3, olmo2, mixtral, qwen3_moe";
+        let known = format!("known are {}", FAMILIES.map(|(family, _)| family).join(", "));
         refused("llama", json!({"model_type": "lama"}), &format!("cannot load config.json: model_type = \"lama\": {known}"));
         refused("llama", json!({"model_type": "absent"}), &format!("cannot load config.json: model_type = \"\": {known}"));
         let reason = "unsupported: model_type \"bart\": encoder-decoder models are not built yet";

@@ -145,7 +145,8 @@ pub(super) fn gemma3_text(config: &Fields) -> Result<DecoderSpec> {
     let mut spec = rotary_in(config, shape, rotation_by_type)?;
     let scale = config.positive("query_pre_attn_scalar", 256.0)?.powf(-0.5) as f32;
     spec.attention.iter_mut().for_each(|attention| attention.scale = scale);
-    let pattern = config.size("sliding_window_pattern", config.size("_sliding_window_pattern", 6, COUNT)?, COUNT)?;
+    // HF: what 5.x writes as `_sliding_window_pattern` it does not read again: `layer_types` stands beside it.
+    let pattern = config.size("sliding_window_pattern", 6, COUNT)?;
     windows(config, &mut spec.attention, config.optional_size("sliding_window", Some(4096), WIDTH)?, |layer| (layer + 1) % pattern != 0)?;
     if let Positions::Rope { layers, .. } = &mut spec.positions {
         *layers = spec.attention.iter().map(|attention| Some(usize::from(attention.sight != Sight::Causal))).collect();
@@ -162,10 +163,12 @@ pub(super) fn gemma3_text(config: &Fields) -> Result<DecoderSpec> {
 fn rotation_by_type(config: &Fields, heads: Heads) -> Result<Vec<Rotation>> {
     let parameters = config.object("rope_parameters")?;
     let of = |name| parameters.as_ref().map_or(Ok(None), |parameters| parameters.object(name));
-    // HF: the fields of 4.x, which scale full attention alone, beside those of 5.x.
-    let full = match config.object("rope_scaling")? {
-        Some(scaling) => Some(scaling),
-        None => of("full_attention")?,
+    // HF: what 4.x wrote is about full attention alone, and comes before what 5.x writes. Its kind is not read from `type`, since the
+    // default stands in `rope_type` already.
+    let scaling = config.object("rope_scaling")?.filter(|scaling| scaling.has("rope_type"));
+    let full = match (of("full_attention")?, scaling) {
+        (Some(full), Some(scaling)) => Some(full.updated(scaling)),
+        (full, scaling) => scaling.or(full),
     };
     let theta = |name, default| config.positive(name, default);
     let full = rotation(config, full.as_ref(), Heads { theta: theta("rope_theta", 1_000_000.0)?, ..heads })?;
@@ -248,7 +251,7 @@ pub(super) fn mixtral(config: &Fields) -> Result<DecoderSpec> {
     let mut spec = rotary(config, shape)?;
     window_everywhere(config, &mut spec, None)?;
     let Mlp::Gated { inner, activation, .. } = spec.mlp else { return Ok(spec) };
-    let (count, top) = experts(config, 8, 2)?;
+    let (count, top) = experts(config, ["num_experts", "num_local_experts"], 8, 2)?;
     spec.experts = Some(Experts {
         layers: vec![true; spec.attention.len()],
         router: "block_sparse_moe.gate",
@@ -285,7 +288,7 @@ pub(super) fn qwen3_moe(config: &Fields) -> Result<DecoderSpec> {
     }
     spec.qk_norm = Some(qk_norm(spec.norm, Extent::Head));
     let Mlp::Gated { activation, .. } = spec.mlp else { return Ok(spec) };
-    let (count, top) = experts(config, 128, 8)?;
+    let (count, top) = experts(config, ["num_local_experts", "num_experts"], 128, 8)?;
     let dense = config.numbers("mlp_only_layers")?.unwrap_or_default();
     let step = config.size("decoder_sparse_step", 1, COUNT)?;
     spec.experts = Some(Experts {
@@ -305,9 +308,9 @@ pub(super) fn qwen3_moe(config: &Fields) -> Result<DecoderSpec> {
 }
 
 /// How many experts there are, and how many of them a token uses.
-fn experts(config: &Fields, count: usize, top: usize) -> Result<(usize, usize)> {
-    // HF: `num_experts` and `num_local_experts` are the same field in 5.x, which writes the latter.
-    let count = config.size("num_local_experts", config.size("num_experts", count, COUNT)?, COUNT)?;
+fn experts(config: &Fields, [other, own]: [&str; 2], count: usize, top: usize) -> Result<(usize, usize)> {
+    // HF: these are the same field, which 5.x writes as `num_local_experts`; of both the one that is not the family's own comes first.
+    let count = config.size(config.either(other, own), count, COUNT)?;
     let top = config.size("num_experts_per_tok", top, COUNT)?;
     if top > count {
         return Err(config.error("num_experts_per_tok", top, &format!("at most the number of experts, {count}, is accepted")));
