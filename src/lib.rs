@@ -53,6 +53,7 @@ mod cache;
 pub mod config;
 mod error;
 mod generator;
+pub mod guide;
 mod heal;
 mod hub;
 mod kernels;

@@ -16,7 +16,7 @@ const FLOORS: [&[&str]; 10] = [
     &["search"],
     &["run", "score"],
     &["heal"],
-    &["generator"],
+    &["generator", "guide"],
 ];
 
 #[test]

@@ -56,6 +56,10 @@ macro_rules! fields {
         }
 
         impl GenerationConfig {
+            /// The fields above by name and type, in the order of their declaration.
+            #[cfg(test)]
+            pub(crate) const FIELDS: &[(&str, &str)] = &[$((stringify!($name), stringify!($type)),)*];
+
             $($(#[$doc])*
             #[must_use]
             pub fn $name(mut self, $name: impl Into<fields!(@param $type $(, $param)?)>) -> Self {
