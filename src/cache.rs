@@ -33,16 +33,9 @@ pub(crate) struct Page {
 impl Pages {
     /// No positions, and room as asked for.
     pub(crate) fn new(shape: StoreShape, room: Room) -> Result<Self> {
-        let mut pages = Vec::new();
-        if let Room::Reserve(positions) = room {
-            let count = positions.div_ceil(PAGE);
-            let refused = || Error::config("max_cache_len", positions, "so much memory cannot be allocated");
-            // Asking for all of it at once fails at once where it cannot be had, before any of it is touched.
-            let all = count.checked_mul(Page::lines(shape)).ok_or_else(refused)?;
-            Vec::<F32>::new().try_reserve_exact(all).map_err(|_| refused())?;
-            pages.resize_with(count, || Arc::new(Page::new(shape)));
-        }
-        Ok(Self { shape, room, pages, len: 0 })
+        let mut pages = Self { shape, room, pages: Vec::new(), len: 0 };
+        pages.furnish(room)?;
+        Ok(pages)
     }
 
     /// Bytes that a position takes.
@@ -92,6 +85,23 @@ impl Store for Pages {
         if self.room == Room::Grow {
             self.pages.truncate(len.div_ceil(PAGE));
         }
+        Ok(())
+    }
+
+    fn furnish(&mut self, room: Room) -> Result<()> {
+        let count = match room {
+            Room::Grow => self.len.div_ceil(PAGE),
+            Room::Reserve(positions) => {
+                let count = positions.max(self.len).div_ceil(PAGE);
+                let refused = || Error::config("max_cache_len", positions, "so much memory cannot be allocated");
+                // Asking for all of it at once fails at once where it cannot be had, before any of it is touched.
+                let more = count.saturating_sub(self.pages.len()).checked_mul(Page::lines(self.shape)).ok_or_else(refused)?;
+                Vec::<F32>::new().try_reserve_exact(more).map_err(|_| refused())?;
+                count
+            }
+        };
+        self.pages.resize_with(count, || Arc::new(Page::new(self.shape)));
+        self.room = room;
         Ok(())
     }
 }

@@ -23,6 +23,14 @@ pub enum Error {
         /// What is wrong with it, and what would be accepted.
         reason: String,
     },
+    /// A file cannot be written.
+    #[error("cannot save {}: {reason}", path.display())]
+    Save {
+        /// The file, or the folder that it belongs in.
+        path: PathBuf,
+        /// What the system says.
+        reason: String,
+    },
     /// A repository of the hub cannot be downloaded, nor found in the cache.
     #[error("cannot get {repo}: {reason}")]
     Hub {
@@ -82,6 +90,10 @@ impl Error {
         Self::Load { path: path.as_ref().to_owned(), reason: reason.to_string() }
     }
 
+    pub(crate) fn save(path: impl AsRef<Path>, reason: impl std::fmt::Display) -> Self {
+        Self::Save { path: path.as_ref().to_owned(), reason: reason.to_string() }
+    }
+
     pub(crate) fn config(field: &str, value: impl std::fmt::Display, reason: impl Into<String>) -> Self {
         Self::Config(vec![Problem { field: field.to_owned(), value: value.to_string(), reason: reason.into() }])
     }
@@ -92,6 +104,7 @@ impl Error {
             Self::Config(_) => "config",
             Self::Prompt(_) => "prompt",
             Self::Load { .. } => "load",
+            Self::Save { .. } => "save",
             Self::Hub { .. } => "hub",
             Self::Tokenizer(_) => "tokenizer",
             Self::Template(_) => "template",

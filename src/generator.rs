@@ -1,26 +1,23 @@
 //! The front door: a model, its tokenizer and its own config, shared by any number of threads.
 
+mod builder;
+
+pub use builder::Builder;
+
 use crate::{
     config::{Assistant, GenerationConfig},
     error::{Error, Result},
     heal::heal,
-    hub::{self, Repo},
     memory::Memory,
     model::{Context, Model},
-    models::{self, Kernels, LoadOptions},
     output::Output,
     plan::{Explanation, Plan},
-    progress::OnProgress,
+    prefix::Prefix,
     run::{Run, Setting, Stream},
     score::{self, Score, Task},
     text::{Prompt, Templates, Tokenizer},
 };
-use candle_core::{DType, Device};
-use std::{
-    fmt,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{fmt, path::Path, sync::Arc};
 
 /// Tokens of all rows in flight unless the builder says otherwise.
 const BATCH_TOKENS: usize = 1 << 16;
@@ -63,19 +60,14 @@ impl Generator {
 
     /// As [`Generator::from_pretrained`], with options.
     pub fn builder(name: impl AsRef<Path>) -> Builder {
-        Builder {
-            name: name.as_ref().to_owned(),
-            hub: hub::Options::default(),
-            options: LoadOptions::default(),
-            memory_limit: None,
-            batch_tokens: BATCH_TOKENS,
-        }
+        Builder::new(name.as_ref())
     }
 
     /// Generates with a model of one's own. Without a tokenizer, prompts are ids and results have no text.
     pub fn new(model: impl Model + 'static, tokenizer: Option<Tokenizer>) -> Self {
+        let model = Arc::new(model);
         Self {
-            setting: Setting { model: Arc::new(model), tokenizer, progress: None, memory_limit: None, batch_tokens: BATCH_TOKENS },
+            setting: Setting { model, tokenizer, prefix: None, progress: None, memory_limit: None, batch_tokens: BATCH_TOKENS },
             config: Arc::default(),
             templates: Arc::default(),
         }
@@ -85,6 +77,40 @@ impl Generator {
     pub fn with_config(mut self, config: GenerationConfig) -> Self {
         self.config = Arc::new(config);
         self
+    }
+
+    /// Computes a beginning once: a generator whose calls go on from it wherever their prompts begin with the same tokens.
+    ///
+    /// Prompts are given whole, as to any generator, and give the same results; what they have in common with the beginning is only
+    /// not computed again. Any number of threads and rows share its memory, and a beginning may go on from another one.
+    /// [`Usage::reused_tokens`](crate::Usage::reused_tokens) tells how much of a call's prompts was there. What reads the states of
+    /// whole prompts (contrastive search) and what keeps nothing (`use_cache(false)`) computes them anew.
+    ///
+    /// ```
+    /// use candle_generate::{GenerationConfig, Generator};
+    ///
+    /// let generator = Generator::from_pretrained("examples/models/storyteller")?;
+    /// let tale = generator.prefix("Once upon a time there was a king who had")?;
+    /// let config = GenerationConfig::greedy().max_new_tokens(4);
+    /// let output = tale.generate("Once upon a time there was a king who had three daughters", &config)?;
+    /// assert_eq!((output.usage.prompt_tokens, output.usage.reused_tokens), (12, 10));
+    /// # Ok::<(), candle_generate::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Those of a call with that prompt, and [`Error::Unsupported`] for encoder-decoder models, whose prompts are encoded whole.
+    pub fn prefix(&self, prompt: impl Into<Prompt>) -> Result<Self> {
+        if self.model().info().is_encoder_decoder {
+            return Err(Error::Unsupported("a prefix for an encoder-decoder model, whose prompts are encoded whole".into()));
+        }
+        let plan = self.plan(&GenerationConfig::greedy().max_new_tokens(1).use_cache(true))?;
+        let ids = self.fed(&self.written(prompt.into())?, plan.bos)?;
+        let mut stream = Stream::new(Run::new(self.setting.clone(), plan, vec![ids])?.keep());
+        stream.by_ref().try_for_each(|piece| piece.map(drop))?;
+        let (_, prefix) = stream.end()?;
+        let mut generator = self.clone();
+        generator.begin(prefix);
+        Ok(generator)
     }
 
     /// Continues one prompt: text, ids or messages.
@@ -249,6 +275,18 @@ impl Generator {
         &self.config
     }
 
+    /// As [`Generator::stream`], and keeps what is computed of the first row for [`Generator::begin`].
+    pub(crate) fn turn(&self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Stream> {
+        Ok(Stream::new(self.run([prompt], self.plan(config)?)?.keep()))
+    }
+
+    /// Lets calls go on from `prefix`, if there is one, in place of what they have gone on from.
+    pub(crate) fn begin(&mut self, prefix: Option<Prefix>) {
+        if let Some(prefix) = prefix {
+            self.setting.prefix = Some(Arc::new(prefix));
+        }
+    }
+
     fn plan(&self, config: &GenerationConfig) -> Result<Plan> {
         let mut plan = Plan::new(config, &self.config, self.model().info(), self.tokenizer())?;
         if let Some(negative) = &mut plan.negative {
@@ -348,105 +386,4 @@ enum Written {
         /// Whether the tokenizer frames it; a chat template has done so itself.
         special: bool,
     },
-}
-
-/// Options of loading. Every one has a default.
-#[derive(Debug, Clone)]
-pub struct Builder {
-    name: PathBuf,
-    hub: hub::Options,
-    options: LoadOptions,
-    memory_limit: Option<u64>,
-    batch_tokens: usize,
-}
-
-impl Builder {
-    /// Where the model runs; the CPU unless set.
-    pub fn device(mut self, device: Device) -> Self {
-        self.options.device = device;
-        self
-    }
-
-    /// The type of the arithmetic (`F32`, `BF16` or `F16`): on the CPU `F32` unless set, whatever type the file has.
-    pub fn dtype(mut self, dtype: DType) -> Self {
-        self.options.dtype = Some(dtype);
-        self
-    }
-
-    /// Which implementation of the decoder's operations is used.
-    pub fn kernels(mut self, kernels: Kernels) -> Self {
-        self.options.kernels = kernels;
-        self
-    }
-
-    /// Told about the progress of downloading, of loading and of long prompts; can cancel them. A download that was
-    /// cancelled goes on where it ended when it is asked for again.
-    pub fn progress(mut self, progress: OnProgress) -> Self {
-        self.options.progress = Some(progress);
-        self
-    }
-
-    /// Bytes that weights and caches may take: a call that needs more is refused before anything is allocated, and a
-    /// batch is worked through in parts that fit.
-    pub fn memory_limit(mut self, bytes: u64) -> Self {
-        self.memory_limit = Some(bytes);
-        self
-    }
-
-    /// Tokens of all rows in flight (65,536 unless set), each row counted at its largest length: a larger batch is worked
-    /// through in parts. One prompt's rows are never parted.
-    pub fn batch_tokens(mut self, tokens: usize) -> Self {
-        self.batch_tokens = tokens;
-        self
-    }
-
-    /// The repository's branch, tag or commit; `main` unless set.
-    #[cfg(feature = "hub")]
-    pub fn revision(mut self, revision: impl Into<String>) -> Self {
-        self.hub.revision = Some(revision.into());
-        self
-    }
-
-    /// The access token for private and gated repositories; unless set, that of `HF_TOKEN` or of `hf auth login`.
-    #[cfg(feature = "hub")]
-    pub fn token(mut self, token: impl Into<String>) -> Self {
-        self.hub.token = Some(hub::Token(token.into()));
-        self
-    }
-
-    /// Whether only the cache is looked at, and no request is sent; unless set, as `HF_HUB_OFFLINE` says.
-    #[cfg(feature = "hub")]
-    pub fn offline(mut self, offline: bool) -> Self {
-        self.hub.offline = Some(offline);
-        self
-    }
-
-    /// The folder of downloaded repositories; unless set, `HF_HUB_CACHE`, or `hub` in `HF_HOME`.
-    #[cfg(feature = "hub")]
-    pub fn cache_folder(mut self, folder: impl Into<PathBuf>) -> Self {
-        self.hub.cache = Some(folder.into());
-        self
-    }
-
-    /// Loads.
-    pub fn load(self) -> Result<Generator> {
-        let Self { name, hub, options, memory_limit, batch_tokens } = self;
-        let folder = match Repo::parse(&name) {
-            _ if name.is_dir() => name,
-            Some(repo) => hub::folder(&repo, &hub, options.progress.as_ref())?,
-            None => {
-                let accepted = "a checkpoint folder with config.json, or a repository's name like owner/name, is accepted";
-                return Err(Error::load(name, format!("there is no such folder; {accepted}")));
-            }
-        };
-        let config = GenerationConfig::from_pretrained(&folder)?;
-        let tokenizer = Tokenizer::from_folder(&folder)?;
-        let templates = Templates::from_folder(&folder)?;
-        let model = models::load(&folder, &options)?;
-        Ok(Generator {
-            setting: Setting { model, tokenizer, progress: options.progress, memory_limit, batch_tokens },
-            config: Arc::new(config),
-            templates: Arc::new(templates),
-        })
-    }
 }

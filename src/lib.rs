@@ -37,7 +37,8 @@
 //! | score given texts | [`Generator::score`], [`Generator::score_texts`], [`Score`] |
 //! | see what happened at each step | [`Generator::inspect`], [`Step`], [`Beam`] |
 //! | stream | [`Generator::stream`], [`Stream`], [`Piece`] |
-//! | chat | [`Message`], [`Messages`], [`Prompt`] |
+//! | chat | [`Generator::chat`], [`Chat`], [`Message`], [`Messages`] |
+//! | compute a beginning once | [`Generator::prefix`] |
 //! | draft and check several tokens at once | [`GenerationConfig::assistant_model`], [`GenerationConfig::prompt_lookup_num_tokens`] |
 //! | mark texts and find the mark | [`logits::WatermarkingConfig`], [`logits::WatermarkDetector`] |
 //! | shape scores, end rows | [`LogitsProcessor`], [`StoppingCriteria`], [`CancelToken`] |
@@ -50,6 +51,7 @@
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 mod cache;
+mod chat;
 pub mod config;
 mod error;
 mod generator;
@@ -63,6 +65,7 @@ pub mod model;
 mod models;
 mod output;
 pub mod plan;
+mod prefix;
 mod progress;
 mod rows;
 mod run;
@@ -74,6 +77,7 @@ mod trace;
 
 /// The tensor library, in the version that this crate is built on.
 pub use candle_core;
+pub use chat::{Chat, Reply};
 pub use config::{Assistant, GenerationConfig, Strategy};
 pub use error::{Error, Problem, Result};
 pub use generator::{Builder, Generator};

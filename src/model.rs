@@ -91,6 +91,15 @@ pub trait Cache: Send + Any {
 
     /// Forgets every position from `len` on; an error if it holds fewer, or if they cannot be forgotten any more.
     fn truncate(&mut self, len: usize) -> Result<()>;
+
+    /// Becomes the cache of another row, started as `start` says, of which it keeps the first `len` positions; whether it can. If
+    /// not, it is of no more use, and that row is computed from its first token.
+    ///
+    /// By default it is truncated, for rows whose room grows. Caches that reserve room, or whose content depends on
+    /// [`Start::len`], have their own way.
+    fn resume(&mut self, len: usize, start: &Start<'_>) -> Result<bool> {
+        Ok(start.room == Room::Grow && (self.len() == len || self.truncate(len).is_ok()) && self.len() == len)
+    }
 }
 
 /// What a forward pass gives back.

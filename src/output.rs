@@ -146,6 +146,8 @@ pub struct Piece {
 pub struct Usage {
     /// Ids of all prompts, each counted once.
     pub prompt_tokens: usize,
+    /// How many of them were not computed, as a [prefix](crate::Generator::prefix) or an earlier turn of a chat holds them.
+    pub reused_tokens: usize,
     /// Ids generated in all sequences.
     pub generated_tokens: usize,
     /// Drafted ids that were checked, in the modes with drafts.

@@ -4,15 +4,16 @@ use crate::{
     error::{Error, Result},
     logits::pick,
     memory::{self, Memory},
-    model::{Cache, Context, Feed, Model, Start},
+    model::{Cache, Context, Feed, Model, Start, Want},
     output::{Output, Piece, Sequence, Timings, Usage},
     plan::{Plan, Seeds},
+    prefix::{self, Prefix},
     progress::{OnProgress, Stage},
     rows::{Guide, Row, Unfed},
     search::{self, Search, Turn},
     text::Tokenizer,
 };
-use std::{collections::VecDeque, sync::Arc, time::Instant};
+use std::{collections::VecDeque, mem, sync::Arc, time::Instant};
 
 /// Prompt tokens computed in one pass unless the config says otherwise: enough to be efficient, few enough to report and cancel.
 const PASS: usize = 512;
@@ -25,6 +26,8 @@ const ROWS: usize = 1 << 20;
 pub(crate) struct Setting {
     pub model: Arc<dyn Model>,
     pub tokenizer: Option<Tokenizer>,
+    /// What rows may begin with.
+    pub prefix: Option<Arc<Prefix>>,
     pub progress: Option<OnProgress>,
     /// Bytes that weights and caches may take.
     pub memory_limit: Option<u64>,
@@ -41,6 +44,10 @@ pub(crate) struct Run {
     rows: Vec<Row>,
     done: Vec<Sequence>,
     prompt_tokens: usize,
+    reused_tokens: usize,
+    /// Whether the first row's cache outlives it.
+    keep: bool,
+    kept: Option<Prefix>,
     timings: Timings,
     started: Instant,
 }
@@ -69,6 +76,9 @@ impl Run {
             plan,
             rows: Vec::new(),
             done: Vec::new(),
+            reused_tokens: 0,
+            keep: false,
+            kept: None,
             timings: Timings::default(),
             started: Instant::now(),
         };
@@ -81,6 +91,12 @@ impl Run {
         for (waiting, head) in self.waiting.iter_mut().zip(heads) {
             waiting.head = head;
         }
+        self
+    }
+
+    /// Keeps what is computed of the first row, for [`Run::kept`].
+    pub fn keep(mut self) -> Self {
+        self.keep = true;
         self
     }
 
@@ -111,8 +127,8 @@ impl Run {
         Ok(!(self.rows.is_empty() && self.waiting.is_empty()))
     }
 
-    /// The result. Rows that are still live are cut off as they are.
-    pub fn output(mut self) -> Result<Output> {
+    /// The result, once. Rows that are still live are cut off as they are.
+    pub fn output(&mut self) -> Result<Output> {
         self.cancel()?;
         self.retire()?;
         self.timings.total = self.started.elapsed();
@@ -120,11 +136,17 @@ impl Run {
         let sum = |count: fn(&Sequence) -> usize| self.done.iter().map(count).sum();
         let usage = Usage {
             prompt_tokens: self.prompt_tokens,
+            reused_tokens: self.reused_tokens,
             generated_tokens: sum(|sequence| sequence.tokens.len()),
             drafted_tokens: sum(|sequence| sequence.drafted),
             accepted_tokens: sum(|sequence| sequence.accepted),
         };
-        Ok(Output { sequences: self.done, beams: self.search.tree(), usage, timings: self.timings })
+        Ok(Output { sequences: mem::take(&mut self.done), beams: self.search.tree(), usage, timings: self.timings })
+    }
+
+    /// What is computed of the first row, after [`Run::output`] and if it was to be kept.
+    pub fn kept(&mut self) -> Option<Prefix> {
+        self.kept.take()
     }
 
     fn check(&self) -> Result<()> {
@@ -157,15 +179,26 @@ impl Run {
         for waiting in &self.waiting {
             waiting.check(&self.plan, info.vocab_size, info.context)?;
             self.search.check(&waiting.tokens, &self.plan)?;
-            if let Some(limit) = self.setting.memory_limit {
-                let memory = self.memory(waiting);
-                if memory.total() > limit {
-                    let hint = "a shorter prompt, fewer new tokens or fewer rows would take less".into();
-                    return Err(Error::Memory { needed: memory.total(), limit, hint });
-                }
-            }
+            self.fits(waiting, if self.prefix().is_some() { &waiting.tokens } else { &[] })?;
         }
         Ok(())
+    }
+
+    // Whether a prompt that shares the pages of `shared` with the prefix is within the limit alone.
+    fn fits(&self, waiting: &Waiting, shared: &[u32]) -> Result<()> {
+        let needed = self.memory(waiting).total().saturating_add(self.setting.beside(shared));
+        match self.setting.memory_limit {
+            Some(limit) if needed > limit => {
+                let hint = "a shorter prompt, fewer new tokens or fewer rows would take less".into();
+                Err(Error::Memory { needed, limit, hint })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    // What rows can begin with: a search that reads the states of whole prompts has to compute them.
+    fn prefix(&self) -> Option<&Prefix> {
+        self.setting.prefix.as_deref().filter(|_| self.plan.use_cache && self.search.prefill() == Want::Nothing)
     }
 
     fn memory(&self, waiting: &Waiting) -> Memory {
@@ -175,7 +208,8 @@ impl Run {
     // Starts waiting prompts in order while they fit beside the live rows; at least one if nothing is live.
     fn admit(&mut self) -> Result<()> {
         let mut tokens: usize = self.rows.iter().map(|row| self.capacity(row.tokens.len(), row.max_length, row.guide_length())).sum();
-        let mut bytes: u64 = self.rows.iter().map(|row| self.bytes(row.max_length.saturating_add(row.guide_length()))).sum();
+        let live = self.rows.iter().map(|row| self.bytes(row.max_length.saturating_add(row.guide_length())));
+        let mut bytes = live.fold(self.setting.beside(&[]), u64::saturating_add);
         let mut admitted = Vec::new();
         while let Some(next) = self.waiting.front() {
             let width = self.plan.width();
@@ -208,12 +242,17 @@ impl Run {
 
     // Computes each prompt once, then forks it into its rows.
     fn start(&mut self, admitted: Vec<Waiting>) -> Result<()> {
-        let starts: Vec<_> = admitted.iter().map(|waiting| waiting.start(&self.plan)).collect();
-        let caches = search::start(self.setting.model.as_ref(), &starts)?;
+        let starts: Vec<_> = admitted.iter().map(|waiting| (waiting.start(&self.plan), &waiting.tokens[..])).collect();
+        let caches = prefix::start(self.prefix(), self.setting.model.as_ref(), &starts)?;
         let mut fresh = Vec::with_capacity(admitted.len());
         let guides: Vec<_> = admitted.iter().filter_map(|waiting| waiting.guide_start(&self.plan)).collect();
         let mut guides = search::start(self.setting.model.as_ref(), &guides)?.into_iter();
         for (waiting, cache) in admitted.into_iter().zip(caches) {
+            match cache.len() {
+                // Nothing is shared after all.
+                0 => self.fits(&waiting, &[])?,
+                held => self.reused_tokens += held,
+            }
             let negative = waiting.negative.clone();
             let mut row = waiting.row(cache, &self.plan, self.setting.tokenizer.as_ref())?;
             row.guide = negative.and_then(|prompt| Some(Guide::new(prompt, guides.next()?)));
@@ -221,6 +260,12 @@ impl Run {
         }
         if self.plan.use_cache {
             self.prefill(&mut fresh)?;
+        }
+        if self.keep
+            && self.parts()
+            && let Some(row) = fresh.first()
+        {
+            self.kept = Prefix::new(&row.tokens, row.cache.fork())?;
         }
         fresh.iter().for_each(|row| self.fork(row));
         Ok(())
@@ -240,13 +285,18 @@ impl Run {
         }
     }
 
+    // Whether rows part with their caches as they end, so that only the prompt's can be kept.
+    fn parts(&self) -> bool {
+        self.plan.strategy.num_beams() > 1
+    }
+
     // Leaves what one pass of the search can take: the last tokens of each prompt, and no more than its very last where
     // the prompt is about to be forked.
     fn prefill(&mut self, rows: &mut [Row]) -> Result<()> {
         let pass = self.plan.prefill_chunk_size.unwrap_or(PASS);
         let pending = |rows: &[Row]| -> usize { rows.iter().map(|row| row.pending().len() + row.guide_pending().len()).sum() };
         let contexts = rows.iter().map(|row| 1 + usize::from(row.guide.is_some())).sum();
-        let keep = if self.search.width(&self.plan) > 1 { contexts } else { pass };
+        let keep = if self.search.width(&self.plan) > 1 || (self.keep && self.parts()) { contexts } else { pass };
         let total = pending(rows);
         let want = self.search.prefill();
         let mut left = total;
@@ -272,7 +322,7 @@ impl Run {
             let forward = self.setting.model.forward(&mut feeds, want)?;
             self.timings.forward += clock.elapsed();
             self.search.read(&parts, forward)?;
-            let before = std::mem::replace(&mut left, pending(rows));
+            let before = mem::replace(&mut left, pending(rows));
             if left >= before {
                 // A model that keeps nothing: every pass computes the whole row.
                 return Ok(());
@@ -284,7 +334,13 @@ impl Run {
     }
 
     fn retire(&mut self) -> Result<()> {
-        for row in self.rows.extract_if(.., |row| row.finish.is_some()) {
+        for mut row in self.rows.extract_if(.., |row| row.finish.is_some()) {
+            if self.keep && row.number == 0 {
+                let cache = mem::replace(&mut row.cache, Box::new(Unfed));
+                // The last token was chosen, not computed: where it stood, the cache may hold a draft's.
+                let computed = row.tokens.split_last().map_or(&[][..], |(_, computed)| computed);
+                self.kept = Prefix::new(computed, cache)?.or(self.kept.take());
+            }
             self.done.push(row.finished(&self.plan, self.setting.tokenizer.as_ref())?);
         }
         Ok(())
@@ -296,11 +352,18 @@ impl Run {
 
     // Ends everything as it is; prompts that never started give empty rows.
     fn cancel(&mut self) -> Result<()> {
-        for waiting in std::mem::take(&mut self.waiting) {
+        for waiting in mem::take(&mut self.waiting) {
             let row = waiting.row(Box::new(Unfed), &self.plan, self.setting.tokenizer.as_ref())?;
             self.fork(&row);
         }
         self.search.cancel(&mut self.rows, &self.plan)
+    }
+}
+
+impl Setting {
+    /// Bytes that the prefix takes beside a row that shares the pages of these tokens with it.
+    pub fn beside(&self, tokens: &[u32]) -> u64 {
+        self.prefix.as_ref().map_or(0, |prefix| prefix.bytes(tokens, self.model.info()))
     }
 }
 
@@ -386,8 +449,13 @@ impl Stream {
     }
 
     /// The result so far: the whole one once the iterator has ended; before that, live rows are cut off as they are.
-    pub fn into_output(self) -> Result<Output> {
+    pub fn into_output(mut self) -> Result<Output> {
         self.run.output()
+    }
+
+    /// The result so far, and what is computed of the first row if that was to be kept.
+    pub(crate) fn end(&mut self) -> Result<(Output, Option<Prefix>)> {
+        Ok((self.run.output()?, self.run.kept()))
     }
 }
 

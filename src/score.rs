@@ -4,6 +4,7 @@ use crate::{
     error::{Error, Result},
     logits::{self, History, pick},
     model::{Cache, Context, Feed, Model, ModelInfo, Room, Start, Want},
+    prefix,
     progress::Stage,
     run::Setting,
     search,
@@ -108,7 +109,8 @@ impl Task {
                     "prompt {index} has {prompt} tokens and its continuation {number} has {len}, but the model has {limit} positions"
                 )));
             }
-            let needed = info.weight_bytes.saturating_add(self.bytes(info)).saturating_add(self.more(continuation, info));
+            let own = self.bytes(info).saturating_add(self.more(continuation, info));
+            let needed = info.weight_bytes.saturating_add(own).saturating_add(setting.beside(&self.prompt));
             if let Some(limit) = setting.memory_limit.filter(|&limit| needed > limit) {
                 return Err(Error::Memory { needed, limit, hint: "a shorter prompt or continuation would take less".into() });
             }
@@ -172,7 +174,7 @@ impl Scorer<'_> {
     /// How many tasks are worked on together: at least one, and as many as fit the limits.
     fn admit(&self, tasks: &[Task]) -> usize {
         let info = self.model.info();
-        let (mut tokens, mut bytes) = (0usize, info.weight_bytes);
+        let (mut tokens, mut bytes) = (0usize, info.weight_bytes.saturating_add(self.setting.beside(&[])));
         let fits = |task: &&Task| {
             let largest = task.continuations.iter().map(|continuation| task.more(continuation, info)).max().unwrap_or(0);
             tokens = tokens.saturating_add(task.prompt.len());
@@ -185,20 +187,26 @@ impl Scorer<'_> {
     /// Computes each prompt once, then each continuation on a fork of it.
     fn part(&mut self, tasks: &[Task]) -> Result<Vec<Vec<Score>>> {
         let info = self.model.info();
-        let starts: Vec<_> = tasks.iter().map(|task| Start { source: &task.source, len: task.len, room: Room::Grow }).collect();
-        let caches = search::start(self.model, &starts)?;
+        let start = |task| {
+            let Task { source, prompt, len, .. }: &Task = task;
+            (Start { source, len: *len, room: Room::Grow }, &prompt[..])
+        };
+        let starts: Vec<_> = tasks.iter().map(start).collect();
+        let caches = prefix::start(self.setting.prefix.as_deref(), self.model, &starts)?;
+        self.total -= caches.iter().map(|cache| cache.len()).sum::<usize>();
         // All but a prompt's last token, whose logits are the first that count.
         let rows = tasks.iter().zip(caches).map(|(task, cache)| Row {
             tokens: task.prompt.clone(),
+            fed: cache.len(),
             cache,
-            fed: 0,
             end: task.prompt.len() - 1,
             bytes: 0,
             log_probs: Vec::new(),
         });
         let mut prompts = Vec::with_capacity(tasks.len());
         self.passes(rows, false, 0, |row| prompts.push(row))?;
-        let held = tasks.iter().map(|task| task.bytes(info)).fold(info.weight_bytes, u64::saturating_add);
+        let base = info.weight_bytes.saturating_add(self.setting.beside(&[]));
+        let held = tasks.iter().map(|task| task.bytes(info)).fold(base, u64::saturating_add);
         let rows = tasks.iter().zip(&prompts).flat_map(|(task, prompt)| {
             task.continuations.iter().map(move |continuation| Row {
                 tokens: [&task.prompt[..], continuation].concat(),

@@ -6,17 +6,18 @@ use std::{
 };
 
 /// The rooms, lowest first. Those of one floor may import each other.
-const FLOORS: [&[&str]; 10] = [
+const FLOORS: [&[&str]; 11] = [
     &["error", "progress"],
     &["model", "cache", "logits", "text", "trace", "output", "hub", "kernels"],
     &["stop", "constrain", "models"],
     &["config"],
     &["plan", "memory"],
     &["rows"],
-    &["search"],
+    &["search", "prefix"],
     &["run", "score"],
     &["heal"],
-    &["generator", "guide"],
+    &["generator"],
+    &["chat", "guide"],
 ];
 
 #[test]

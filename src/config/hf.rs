@@ -96,8 +96,8 @@ impl GenerationConfig {
         let mut json = self.to_json();
         json.sort_all_objects();
         let path = folder.join(FILE);
-        fs::create_dir_all(folder).map_err(|error| Error::load(folder, error))?;
-        fs::write(&path, format!("{json:#}\n")).map_err(|error| Error::load(&path, error))
+        fs::create_dir_all(folder).map_err(|error| Error::save(folder, error))?;
+        fs::write(&path, format!("{json:#}\n")).map_err(|error| Error::save(&path, error))
     }
 
     /// What transformers assumes for fields that neither the call nor the model's file sets.

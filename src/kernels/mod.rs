@@ -96,6 +96,8 @@ pub(crate) trait Store: Clone + Send + 'static {
     fn grow(&mut self, count: usize);
     /// Forgets positions from `len` on; `len` is at most the length.
     fn truncate(&mut self, len: usize) -> Result<()>;
+    /// Takes this room in place of what it has.
+    fn furnish(&mut self, room: Room) -> Result<()>;
 }
 
 /// The sizes of a store.

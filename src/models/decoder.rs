@@ -33,6 +33,8 @@ pub(crate) struct Decoder<O: Ops> {
     softcap: Option<f32>,
     /// Lengths past which all tokens of a row are rotated otherwise.
     crossings: Arc<[usize]>,
+    /// The length past which tokens stay rotated as they were written.
+    steady: usize,
 }
 
 /// How tokens are told where they stand.
@@ -80,10 +82,12 @@ impl<O: Ops> Decoder<O> {
         let info = ModelInfo { context, layers: layers_len, tied, weight_bytes: loader.weight_bytes(), ..info };
         let shape = spec.shape();
         let (embedding_scale, softcap) = (spec.embedding_scale, spec.softcap);
-        let crossings = match &positions {
-            Place::Rope(rotations, _) => rotations.iter().filter_map(Rotation::crossing).collect(),
-            Place::Table(..) | Place::Alibi => Arc::default(),
+        let rotations = match &positions {
+            Place::Rope(rotations, _) => &rotations[..],
+            Place::Table(..) | Place::Alibi => &[],
         };
+        let crossings = rotations.iter().filter_map(Rotation::crossing).collect();
+        let steady = rotations.iter().map(Rotation::steady).min().unwrap_or(usize::MAX);
         Ok(Self {
             ops,
             info,
@@ -98,6 +102,7 @@ impl<O: Ops> Decoder<O> {
             head,
             softcap,
             crossings,
+            steady,
         })
     }
 
@@ -262,7 +267,7 @@ impl<O: Ops> Model for Decoder<O> {
     fn start(&self, rows: &[Start<'_>]) -> Result<Vec<Box<dyn Cache>>> {
         let start = |row: &Start<'_>| {
             let store = self.ops.store(self.shape, row.room)?;
-            Ok(Box::new(Kv::new(store, self.shape, row, self.crossings.clone())) as Box<dyn Cache>)
+            Ok(Box::new(Kv::new(store, self.shape, row, self.crossings.clone(), self.steady)) as Box<dyn Cache>)
         };
         rows.iter().map(start).collect()
     }

@@ -20,13 +20,15 @@ pub(crate) struct Kv<S> {
     crossings: Arc<[usize]>,
     /// Positions that the row is known to reach.
     ahead: usize,
-    /// The length for which the keys held were rotated.
+    /// Past this length keys stay rotated as they were written, for the row's length then.
+    steady: usize,
+    /// The largest length for which keys held were rotated.
     written: usize,
 }
 
 impl<S: Store> Kv<S> {
-    pub fn new(store: S, shape: StoreShape, start: &Start<'_>, crossings: Arc<[usize]>) -> Self {
-        Self { store, shape, room: start.room, tokens: Vec::new(), crossings, ahead: start.len, written: 0 }
+    pub fn new(store: S, shape: StoreShape, start: &Start<'_>, crossings: Arc<[usize]>, steady: usize) -> Self {
+        Self { store, shape, room: start.room, tokens: Vec::new(), crossings, ahead: start.len, steady, written: 0 }
     }
 
     /// Refuses `count` further positions that were not reserved.
@@ -48,13 +50,18 @@ impl<S: Store> Kv<S> {
     /// Whether the keys held are rotated otherwise than `count` further tokens will be. A row crosses a length upwards by growing,
     /// and downwards when it goes on after a truncation.
     pub fn stale(&self, count: usize) -> bool {
-        let len = self.reach(count);
-        self.store.len() > 0 && self.crossings.iter().any(|&crossing| (self.written > crossing) != (len > crossing))
+        self.store.len() > 0 && self.crosses(self.reach(count))
+    }
+
+    /// Whether the keys held are rotated otherwise than those of a row of `len` tokens.
+    fn crosses(&self, len: usize) -> bool {
+        self.crossings.iter().any(|&crossing| (self.written > crossing) != (len > crossing))
     }
 
     /// Takes account of `tokens`, which every layer has now written: to the store, or with all that came before to `anew`.
     pub fn grow(&mut self, tokens: &[u32], anew: Option<S>) {
-        self.written = self.reach(tokens.len());
+        let reach = self.reach(tokens.len());
+        self.written = if anew.is_some() || self.store.len() == 0 { reach } else { self.written.max(reach) };
         match anew {
             Some(store) => self.store = store,
             None => self.store.grow(tokens.len()),
@@ -83,5 +90,15 @@ impl<S: Store> Cache for Kv<S> {
                 self.store.truncate(len)
             }
         }
+    }
+
+    fn resume(&mut self, len: usize, start: &Start<'_>) -> Result<bool> {
+        if self.crosses(start.len) || self.written.max(start.len) > self.steady {
+            return Ok(false);
+        }
+        self.truncate(len)?;
+        self.store.furnish(start.room)?;
+        (self.room, self.ahead) = (start.room, start.len);
+        Ok(true)
     }
 }

@@ -42,6 +42,14 @@ impl Rotation {
             Self::Long { original, .. } => Some(*original),
         }
     }
+
+    /// The length past which a token turns by the row's length when it was written.
+    pub fn steady(&self) -> usize {
+        match self {
+            Self::Dynamic { trained, .. } => *trained,
+            Self::Fixed(_) | Self::Long { .. } => usize::MAX,
+        }
+    }
 }
 
 /// What a family says of its rotation.

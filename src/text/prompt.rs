@@ -21,23 +21,37 @@ pub enum Prompt {
 pub struct Message(Map<String, Value>);
 
 /// A conversation, with what its template needs besides.
-#[derive(Debug, Clone, PartialEq)]
+///
+/// In JSON it is an object as in Hugging Face's conversational data sets: `messages`, and where they are set `tools`, `documents`,
+/// `chat_template` and `chat_template_kwargs`. How a rendering ends is the caller's, and no part of it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Messages {
     /// The turns, first to last.
     pub messages: Vec<Message>,
     /// JSON schemas of functions that the model may call.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tools: Option<Vec<Value>>,
     /// Documents that the answer may use, usually with a title and a text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub documents: Option<Vec<Value>>,
     /// Whether the rendering ends with the header of the assistant's next turn.
+    #[serde(skip, default = "yes")]
     pub add_generation_prompt: bool,
     /// Whether the rendering ends with the last message's content, for the model to go on with it.
+    #[serde(skip)]
     pub continue_final_message: bool,
     /// The name of one of the checkpoint's templates, or a template's text.
+    #[serde(rename = "chat_template", default, skip_serializing_if = "Option::is_none")]
     pub template: Option<String>,
     /// Further variables of the template, such as `enable_thinking`.
+    #[serde(rename = "chat_template_kwargs", default, skip_serializing_if = "Map::is_empty")]
     pub variables: Map<String, Value>,
+}
+
+fn yes() -> bool {
+    true
 }
 
 impl Message {
@@ -137,6 +151,20 @@ impl Messages {
     pub fn variable(mut self, name: impl Into<String>, value: impl Into<Value>) -> Self {
         self.variables.insert(name.into(), value.into());
         self
+    }
+}
+
+/// A text is a turn of the user.
+impl From<&str> for Message {
+    fn from(text: &str) -> Self {
+        Self::user(text)
+    }
+}
+
+/// A text is a turn of the user.
+impl From<String> for Message {
+    fn from(text: String) -> Self {
+        Self::user(text)
     }
 }
 
