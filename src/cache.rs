@@ -242,6 +242,25 @@ mod tests {
     }
 
     #[test]
+    fn room_of_another_kind_leaves_what_is_held() {
+        let mut pages = Pages::new(SHAPE, Room::Grow).unwrap();
+        append(&mut pages, 20, 0.0);
+        let fork = pages.clone();
+        pages.furnish(Room::Reserve(40)).unwrap();
+        assert_eq!((pages.len(), pages.pages.len()), (20, 3));
+        append(&mut pages, 20, 0.5);
+        assert!(pages.tail(1).is_err());
+        pages.truncate(30).unwrap();
+        pages.furnish(Room::Grow).unwrap();
+        assert_eq!(pages.pages.len(), 2, "what is reserved goes");
+        append(&mut pages, 20, 0.25);
+        let keys = [19, 20, 30].map(|position| read(&pages, position, 0, 0, 0).0);
+        assert_eq!((keys, read(&fork, 19, 0, 0, 0).0), ([19.0, 20.5, 30.25], 19.0));
+        assert!(pages.furnish(Room::Reserve(usize::MAX)).is_err());
+        append(&mut pages, 20, 0.0);
+    }
+
+    #[test]
     fn a_position_takes_its_share_of_a_page() {
         // 2 layers, 3 heads, 20 keys and 20 values filled up to 32, 4 bytes.
         assert_eq!(Pages::position_bytes(SHAPE), 2 * 3 * (20 + 32) * 4);

@@ -37,23 +37,25 @@ impl Prefix {
         (pages as u64).saturating_mul(page as u64).saturating_mul(info.position_bytes)
     }
 
-    fn fork(&self, tokens: &[u32], start: &Start<'_>) -> Result<Option<Box<dyn Cache>>> {
+    /// A cache for such a row, and how many of its tokens are in it; none if it has to begin anew.
+    fn fork(&self, tokens: &[u32], start: &Start<'_>) -> Result<Option<(Box<dyn Cache>, usize)>> {
         let common = self.common(tokens);
         if common == 0 || !start.source.is_empty() {
             return Ok(None);
         }
         // A fork changes nothing, so that a panic within one leaves nothing half done.
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner).fork();
-        Ok(cache.resume(common, start)?.then_some(cache))
+        Ok(cache.resume(common, start)?.then_some((cache, common)))
     }
 }
 
-/// Caches for rows with these tokens: what they have in common with the prefix is in them, if the model's caches allow it.
-pub(crate) fn start(prefix: Option<&Prefix>, model: &dyn Model, rows: &[(Start<'_>, &[u32])]) -> Result<Vec<Box<dyn Cache>>> {
+/// Caches for rows with these tokens, and how many of them each holds: what they have in common with the prefix, if the model's caches
+/// allow it.
+pub(crate) fn start(prefix: Option<&Prefix>, model: &dyn Model, rows: &[(Start<'_>, &[u32])]) -> Result<Vec<(Box<dyn Cache>, usize)>> {
     let fork = |(start, tokens): &(Start<'_>, &[u32])| prefix.map_or(Ok(None), |prefix| prefix.fork(tokens, start));
     let forks = rows.iter().map(fork).collect::<Result<Vec<_>>>()?;
     let fresh: Vec<_> = rows.iter().zip(&forks).filter(|(_, fork)| fork.is_none()).map(|((start, _), _)| *start).collect();
-    let mut fresh = search::start(model, &fresh)?.into_iter();
+    let mut fresh = search::start(model, &fresh)?.into_iter().map(|cache| (cache, 0));
     Ok(forks.into_iter().filter_map(|fork| fork.or_else(|| fresh.next())).collect())
 }
 
@@ -91,7 +93,10 @@ mod tests {
 
     fn kept(prefix: &Prefix, tokens: &[u32], room: Room) -> Option<usize> {
         let start = Start { len: tokens.len(), room, ..Start::default() };
-        prefix.fork(tokens, &start).unwrap().map(|cache| cache.len())
+        prefix.fork(tokens, &start).unwrap().map(|(cache, kept)| {
+            assert_eq!(cache.len(), kept);
+            kept
+        })
     }
 
     #[test]

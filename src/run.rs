@@ -247,11 +247,11 @@ impl Run {
         let mut fresh = Vec::with_capacity(admitted.len());
         let guides: Vec<_> = admitted.iter().filter_map(|waiting| waiting.guide_start(&self.plan)).collect();
         let mut guides = search::start(self.setting.model.as_ref(), &guides)?.into_iter();
-        for (waiting, cache) in admitted.into_iter().zip(caches) {
-            match cache.len() {
+        for (waiting, (cache, held)) in admitted.into_iter().zip(caches) {
+            self.reused_tokens += held;
+            if held == 0 {
                 // Nothing is shared after all.
-                0 => self.fits(&waiting, &[])?,
-                held => self.reused_tokens += held,
+                self.fits(&waiting, &[])?;
             }
             let negative = waiting.negative.clone();
             let mut row = waiting.row(cache, &self.plan, self.setting.tokenizer.as_ref())?;

@@ -193,12 +193,12 @@ impl Scorer<'_> {
         };
         let starts: Vec<_> = tasks.iter().map(start).collect();
         let caches = prefix::start(self.setting.prefix.as_deref(), self.model, &starts)?;
-        self.total -= caches.iter().map(|cache| cache.len()).sum::<usize>();
+        self.total -= caches.iter().map(|(_, held)| held).sum::<usize>();
         // All but a prompt's last token, whose logits are the first that count.
-        let rows = tasks.iter().zip(caches).map(|(task, cache)| Row {
+        let rows = tasks.iter().zip(caches).map(|(task, (cache, held))| Row {
             tokens: task.prompt.clone(),
-            fed: cache.len(),
             cache,
+            fed: held,
             end: task.prompt.len() - 1,
             bytes: 0,
             log_probs: Vec::new(),
