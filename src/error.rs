@@ -6,6 +6,18 @@ use std::path::{Path, PathBuf};
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What went wrong. Messages name the field or the file, the value, and what would be accepted.
+///
+/// ```
+/// use candle_generate::{Error, GenerationConfig, Generator};
+///
+/// let generator = Generator::from_pretrained("examples/models/storyteller")?;
+/// match generator.generate("The", &GenerationConfig::sampling().top_p(1.5)) {
+///     Err(Error::Config(problems)) => assert_eq!(problems[0].field, "top_p"), // the request's mistake
+///     Err(Error::Memory { needed, .. }) => eprintln!("{needed} bytes are needed"), // a smaller request may do
+///     other => drop(other?),
+/// }
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

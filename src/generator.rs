@@ -114,21 +114,35 @@ impl Generator {
     }
 
     /// Continues one prompt: text, ids or messages.
+    ///
+    /// # Errors
+    /// [`Error::Config`] lists all that is wrong with the config; [`Error::Prompt`], [`Error::Tokenizer`] and [`Error::Template`] say what is
+    /// wrong with the prompt; [`Error::Unsupported`] what is known but not built; [`Error::Memory`] that the call would not fit, before
+    /// anything is allocated; [`Error::Processor`] that no token was left to choose.
     pub fn generate(&self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Output> {
         self.generate_batch([prompt], config)
     }
 
-    /// Continues several prompts of any lengths. Each row is what it would be alone.
+    /// Continues several prompts of any lengths. Each row is what it would be alone. Sequences come in the order of their prompts.
+    ///
+    /// # Errors
+    /// Those of [`Generator::generate`]; one prompt's mistake refuses the call.
     pub fn generate_batch<P: Into<Prompt>>(&self, prompts: impl IntoIterator<Item = P>, config: &GenerationConfig) -> Result<Output> {
         finish(self.run(prompts, self.plan(config)?)?)
     }
 
-    /// Continues one prompt, piece by piece.
+    /// Continues one prompt, piece by piece. Prompt and config are looked at here, each step is made when the next piece is asked for.
+    ///
+    /// # Errors
+    /// Those of [`Generator::generate`]; what goes wrong later is an item of the stream, and its last.
     pub fn stream(&self, prompt: impl Into<Prompt>, config: &GenerationConfig) -> Result<Stream> {
         self.stream_batch([prompt], config)
     }
 
     /// Continues several prompts, piece by piece; [`Piece::row`](crate::Piece::row) says which row a piece belongs to.
+    ///
+    /// # Errors
+    /// Those of [`Generator::stream`].
     pub fn stream_batch<P: Into<Prompt>>(&self, prompts: impl IntoIterator<Item = P>, config: &GenerationConfig) -> Result<Stream> {
         Ok(Stream::new(self.run(prompts, self.plan(config)?)?))
     }
@@ -151,7 +165,20 @@ impl Generator {
         finish(self.run([prompt], plan)?)
     }
 
-    /// What a call with this config will do: mode, processors in order, where each value came from, memory for one prompt.
+    /// What a call with this config will do: mode, processors in order, where each value came from, memory for one prompt. Nothing is
+    /// computed; `Display` prints it as a table.
+    ///
+    /// ```
+    /// use candle_generate::{GenerationConfig, Generator};
+    ///
+    /// let generator = Generator::from_pretrained("examples/models/storyteller")?;
+    /// let explanation = generator.explain(&GenerationConfig::sampling().temperature(0.7).num_beams(1))?;
+    /// assert_eq!((explanation.mode.as_str(), explanation.processors.join(" ")), ("sample", "temperature top_k".into()));
+    /// # Ok::<(), candle_generate::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Config`] and [`Error::Unsupported`], as a call with the config would give them.
     pub fn explain(&self, config: &GenerationConfig) -> Result<Explanation> {
         let plan = self.plan(config)?;
         let info = self.model().info();
@@ -166,7 +193,10 @@ impl Generator {
         Ok(explanation)
     }
 
-    /// Bytes that a call would take at its longest, for `prompts` prompts of `prompt_len` tokens.
+    /// Bytes that a call would take at its longest, for `prompts` prompts of `prompt_len` tokens. Nothing is computed.
+    ///
+    /// # Errors
+    /// Those of [`Generator::explain`].
     pub fn memory(&self, config: &GenerationConfig, prompts: usize, prompt_len: usize) -> Result<Memory> {
         Ok(self.reckon(&self.plan(config)?, prompts, prompt_len))
     }
@@ -251,7 +281,10 @@ impl Generator {
         Ok(self.score_texts([text])?.first().map_or(f64::NAN, Score::perplexity))
     }
 
-    /// The ids that a prompt is fed as.
+    /// The ids that a prompt is fed as, with the special tokens that the tokenizer or the chat template puts around it.
+    ///
+    /// # Errors
+    /// [`Error::Prompt`] for text without a tokenizer, [`Error::Tokenizer`] and [`Error::Template`].
     pub fn encode(&self, prompt: impl Into<Prompt>) -> Result<Vec<u32>> {
         self.ids(&self.written(prompt.into())?, Direction::default())
     }

@@ -28,6 +28,10 @@
 //! # Ok::<(), candle_generate::Error>(())
 //! ```
 //!
+//! The [`guide`] has the rest with examples: [which strategy when](guide::strategies), [every parameter](guide::parameters),
+//! [recipes](guide::recipes), [from symptom to setting](guide::symptoms), [streaming from threads and async code](guide::streaming),
+//! [models and processors of your own](guide::extending), [loading](guide::loading) and [what differs from transformers](guide::differences).
+//!
 //! | to | see |
 //! | --- | --- |
 //! | load a folder, or download from the hub | [`Generator::from_pretrained`] |
@@ -57,6 +61,7 @@ mod device;
 mod error;
 mod foreign;
 mod generator;
+pub mod guide;
 mod heal;
 mod hub;
 mod kernels;

@@ -5,6 +5,8 @@ use candle_core::{DType, Device, Tensor};
 use std::any::Any;
 
 /// A language model: immutable, shared by any number of threads. All that a sequence remembers is in its [`Cache`].
+///
+/// [Extending](crate::guide::extending) has a short one that works.
 pub trait Model: Send + Sync {
     /// What generation has to know about the model.
     fn info(&self) -> &ModelInfo;
@@ -51,11 +53,11 @@ pub struct Feed<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Want<'a> {
-    /// Nothing: the pass only fills the caches.
+    /// Nothing: the pass only fills the caches, and [`Forward::logits`] is empty.
     Nothing,
-    /// The logits after each row's last new token: one row of logits per feed.
+    /// The logits after each row's last new token, `(feeds, vocab_size)`.
     Last,
-    /// The logits after every new token, row after row.
+    /// The logits after every new token, row after row, `(new tokens of all feeds, vocab_size)`.
     All,
     /// The logits after the last so many new tokens of each row, row after row; a number for each feed.
     Each(&'a [usize]),
@@ -236,6 +238,9 @@ impl ModelInfo {
 }
 
 /// The concrete cache behind a feed, for implementers of [`Model`].
+///
+/// # Errors
+/// [`Error::Unsupported`] for the cache of another model.
 pub fn downcast<C: Cache>(cache: &mut dyn Cache) -> Result<&mut C> {
     (cache as &mut dyn Any).downcast_mut::<C>().ok_or_else(|| Error::Unsupported("a cache of another model was fed to this one".into()))
 }

@@ -27,7 +27,19 @@ pub enum Stage {
     Prefill,
 }
 
-/// Called now and then during long work; [`ControlFlow::Break`] makes the call end with [`Error::Cancelled`].
+/// Called now and then during long work, on the thread that does it; [`ControlFlow::Break`] makes the call end with [`Error::Cancelled`].
+///
+/// ```
+/// use candle_generate::{Generator, OnProgress};
+/// use std::ops::ControlFlow;
+///
+/// let progress = OnProgress::new(|progress| {
+///     eprintln!("{:?}: {} of {}", progress.stage, progress.done, progress.total);
+///     ControlFlow::Continue(())
+/// });
+/// Generator::builder("examples/models/storyteller").progress(progress).load()?;
+/// # Ok::<(), candle_generate::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct OnProgress(Arc<dyn Fn(Progress) -> ControlFlow<()> + Send + Sync>);
 

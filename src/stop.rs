@@ -31,6 +31,18 @@ impl std::fmt::Debug for dyn StoppingCriteria {
 }
 
 /// Ends calls from another thread. A clone is the same token.
+///
+/// ```
+/// use candle_generate::{CancelToken, FinishReason, GenerationConfig, Generator};
+///
+/// let generator = Generator::from_pretrained("examples/models/storyteller")?;
+/// let token = CancelToken::new();
+/// let mut stream = generator.stream("The", &GenerationConfig::greedy().cancel(token.clone()))?;
+/// stream.next().transpose()?;
+/// token.cancel(); // usually on another thread
+/// assert_eq!(stream.last().transpose()?.and_then(|piece| piece.finish), Some(FinishReason::Cancelled));
+/// # Ok::<(), candle_generate::Error>(())
+/// ```
 #[derive(Debug, Clone, Default)]
 pub struct CancelToken(std::sync::Arc<std::sync::atomic::AtomicBool>);
 

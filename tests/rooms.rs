@@ -17,7 +17,7 @@ const FLOORS: [&[&str]; 11] = [
     &["run", "score"],
     &["heal"],
     &["generator"],
-    &["chat"],
+    &["chat", "guide"],
 ];
 
 #[test]

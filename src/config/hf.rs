@@ -31,6 +31,9 @@ const OURS: [&str; 15] = [
 impl GenerationConfig {
     /// Reads a JSON object with Hugging Face's names. Null is unset, unknown keys are kept, and all values of a wrong type
     /// are reported at once. Ranges are looked at when a plan is made, since some fields matter in some modes only.
+    ///
+    /// # Errors
+    /// [`Error::Config`] lists the values of a wrong type.
     pub fn from_json(value: &Value) -> Result<Self> {
         let Value::Object(object) = value else {
             return Err(Error::config("generation_config", value, "accepted is an object of fields"));
@@ -45,6 +48,9 @@ impl GenerationConfig {
     }
 
     /// Reads the config of a checkpoint's folder: generation_config.json, or without one what config.json says about generation.
+    ///
+    /// # Errors
+    /// [`Error::Load`] names the file that is missing or wrong.
     pub fn from_pretrained(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         if !folder.is_dir() {
@@ -94,6 +100,9 @@ impl GenerationConfig {
     }
 
     /// Writes generation_config.json into `folder`, which is created if need be.
+    ///
+    /// # Errors
+    /// [`Error::Save`] names the file that could not be written.
     // HF: refuses to save what it would warn about, such as a temperature beside do_sample = false; here every config can be saved.
     pub fn save_pretrained(&self, folder: impl AsRef<Path>) -> Result<()> {
         let folder = folder.as_ref();

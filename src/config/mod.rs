@@ -27,6 +27,7 @@ macro_rules! fields {
     (@param $type:ty, $param:ty) => { $param };
     ($($(#[$doc:meta])* $name:ident: $type:ty $(as $param:ty)?,)*) => {
         /// All settings of a call. A field that is `None` is unset: the model's own config or the reference's default decides.
+        /// [Parameters](crate::guide::parameters) has types, defaults and ranges of all fields.
         ///
         /// ```
         /// use candle_generate::GenerationConfig;
@@ -56,6 +57,10 @@ macro_rules! fields {
         }
 
         impl GenerationConfig {
+            /// The fields above by name and type, in the order of their declaration.
+            #[cfg(test)]
+            pub(crate) const FIELDS: &[(&str, &str)] = &[$((stringify!($name), stringify!($type)),)*];
+
             $($(#[$doc])*
             #[must_use]
             pub fn $name(mut self, $name: impl Into<fields!(@param $type $(, $param)?)>) -> Self {

@@ -3,7 +3,15 @@
 use super::{DolaLayers, OneOrMany};
 use serde::{Deserialize, Serialize};
 
-/// How tokens are searched for.
+/// How tokens are searched for. [Strategies](crate::guide::strategies) tells which is for what.
+///
+/// ```
+/// use candle_generate::{GenerationConfig, Strategy};
+///
+/// let config = GenerationConfig::new().strategy(Strategy::Beam { num_beams: 4 });
+/// let json = config.to_json(); // with the flags that transformers knows beside it
+/// assert_eq!((json["strategy"]["mode"].as_str(), json["num_beams"].as_i64()), (Some("beam"), Some(4)));
+/// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "mode", rename_all = "snake_case")]
 pub enum Strategy {

@@ -17,6 +17,14 @@ use std::{
 };
 
 /// Options of loading. Every one has a default.
+///
+/// ```
+/// use candle_generate::Generator;
+///
+/// let generator = Generator::builder("examples/models/storyteller").memory_limit(1 << 30).batch_tokens(4096).load()?;
+/// assert_eq!(generator.model().info().name, "llama");
+/// # Ok::<(), candle_generate::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Builder {
     name: PathBuf,
@@ -105,6 +113,9 @@ impl Builder {
     }
 
     /// Loads.
+    ///
+    /// # Errors
+    /// Those of [`Generator::from_pretrained`], and [`Error::Cancelled`] if the progress callback said so.
     pub fn load(self) -> Result<Generator> {
         let Self { name, hub, options, memory_limit, batch_tokens } = self;
         let folder = match Repo::parse(&name) {

@@ -4,7 +4,7 @@ use super::{History, LogitsProcessor};
 use crate::error::{Error, Result};
 use std::sync::Arc;
 
-/// No n-gram twice in the history (`no_repeat_ngram_size`).
+/// No n-gram twice in the history (`no_repeat_ngram_size`, <https://arxiv.org/abs/1705.04304>).
 #[derive(Debug, Clone)]
 pub struct NoRepeatNgram {
     /// The size `n`, at least 1.

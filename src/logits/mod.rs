@@ -64,7 +64,8 @@ impl<'a> History<'a> {
 /// Changes the scores of the next token in place. A token is forbidden by `f32::NEG_INFINITY`.
 ///
 /// `scores` holds one finite or infinite value per id of the vocabulary: raw logits in greedy search and sampling,
-/// log-probabilities in beam search, as in transformers.
+/// log-probabilities in beam search, as in transformers. A processor is pure: it may run for any row in any order, and more than
+/// once for a step.
 ///
 /// ```
 /// use candle_generate::{History, LogitsProcessor, Result};
@@ -89,7 +90,10 @@ pub trait LogitsProcessor: Send + Sync + std::fmt::Debug {
     /// The name that `explain()` and errors use: for the built-in ones the config field that turns it on.
     fn name(&self) -> &str;
 
-    /// Shapes the scores of one row.
+    /// Shapes the scores of one row, `(vocab_size,)`.
+    ///
+    /// # Errors
+    /// Whatever it gives ends the call with that error.
     fn process(&self, history: &History<'_>, scores: &mut [f32]) -> Result<()>;
 }
 

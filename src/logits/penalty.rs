@@ -29,7 +29,8 @@ pub struct CountPenalty {
     pub exempt: Vec<u32>,
 }
 
-/// Makes seen tokens less likely (`repetition_penalty`, CTRL, <https://arxiv.org/abs/1909.05858>).
+/// Makes seen tokens less likely (`repetition_penalty`, CTRL, <https://arxiv.org/abs/1909.05858>): a positive score is divided, a
+/// negative one multiplied, once for each distinct token.
 #[derive(Debug, Clone)]
 pub struct RepetitionPenalty {
     /// Above 1 discourages.
@@ -60,14 +61,15 @@ pub struct DiversityPenalty {
     pub penalty: f32,
 }
 
-/// Makes tokens of the source more likely (`encoder_repetition_penalty`).
+/// Makes tokens of the source more likely (`encoder_repetition_penalty`): a positive score is multiplied, a negative one divided.
 #[derive(Debug, Clone)]
 pub struct EncoderRepetitionPenalty {
     /// Above 1 encourages.
     pub penalty: f32,
 }
 
-/// Makes the end more likely, exponentially, after some generated tokens (`exponential_decay_length_penalty`).
+/// Makes the end more likely, exponentially, after some generated tokens (`exponential_decay_length_penalty`): `n` tokens after the
+/// start its score `s` gains `abs(s) * (factor^n - 1)`.
 #[derive(Debug, Clone)]
 pub struct ExponentialDecay {
     /// Generated tokens before it starts.

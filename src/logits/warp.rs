@@ -73,7 +73,7 @@ pub struct EpsilonCutoff {
     pub min_tokens_to_keep: usize,
 }
 
-/// Drops tokens below a probability that depends on the entropy (`eta_cutoff`, <https://arxiv.org/abs/2210.15191>).
+/// Drops tokens below the probability `min(eta, sqrt(eta) * exp(-entropy))` (`eta_cutoff`, <https://arxiv.org/abs/2210.15191>).
 #[derive(Debug, Clone)]
 pub struct EtaCutoff {
     /// In (0, 1).

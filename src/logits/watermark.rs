@@ -11,7 +11,7 @@ use std::{collections::HashMap, sync::Arc};
 pub struct WatermarkingConfig {
     /// The part of the vocabulary that is green, between 0 and 1.
     pub greenlist_ratio: f64,
-    /// What is added to the scores of green tokens.
+    /// What is added to the scores of green tokens, logits or with beams log-probabilities.
     pub bias: f64,
     /// The secret.
     pub hashing_key: i64,

@@ -213,6 +213,10 @@ pub struct Keywords {
 impl Plan {
     /// Takes each value from `call`, else from `model` (the checkpoint's own config), else the reference's default, and
     /// reports all that is wrong at once.
+    ///
+    /// # Errors
+    /// [`Error::Config`](crate::Error::Config) lists the fields that cannot be honoured; [`Error::Unsupported`](crate::Error::Unsupported) what
+    /// is known but not built.
     pub fn new(call: &GenerationConfig, model: &GenerationConfig, info: &ModelInfo, tokenizer: Option<&Tokenizer>) -> Result<Self> {
         let merged = Merged::new(call, model);
         let mut check = Check::new(&merged, info, tokenizer);

@@ -42,6 +42,10 @@ impl Templates {
     }
 
     /// The prompt that a conversation makes. It holds the special tokens already.
+    ///
+    /// # Errors
+    /// [`Error::Template`] if there is no template, or it refuses the conversation; [`Error::Prompt`] if there is nothing to render or
+    /// to continue; [`Error::Unsupported`] without the feature `chat`.
     pub fn render(&self, messages: &Messages) -> Result<String> {
         if cfg!(not(feature = "chat")) {
             return engine::render("", "", &Map::new());

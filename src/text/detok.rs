@@ -15,6 +15,19 @@ const WINDOW: usize = 64;
 ///
 /// A piece never ends within a character and is never held longer than until that character is complete, or known to be
 /// broken. Only a small window of ids is decoded per token, so that a row costs time in proportion to its length.
+///
+/// ```
+/// use candle_generate::{Tokenizer, text::Detokenizer};
+///
+/// let tokenizer = Tokenizer::from_folder("examples/models/storyteller")?.expect("it has one");
+/// let mut row = Detokenizer::new(&tokenizer, &tokenizer.encode("Once", true)?)?;
+/// let mut text = String::new();
+/// for id in tokenizer.encode(" upon a time", false)? {
+///     text += &row.push(id)?;
+/// }
+/// assert_eq!(text + &row.finish()?, " upon a time");
+/// # Ok::<(), candle_generate::Error>(())
+/// ```
 // HF: the decoder for byte tokens (`<0xE2>`) replaces every byte of a run that is not UTF-8 as a whole, and so takes back
 // characters that were complete. What a stream has shown cannot be taken back: here only the bytes after them are replaced.
 #[derive(Debug, Clone)]

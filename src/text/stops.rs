@@ -4,6 +4,15 @@ use crate::error::{Error, Result};
 use std::{cmp::Reverse, sync::Arc};
 
 /// The strings that end a row, compiled. A clone shares them.
+///
+/// ```
+/// use candle_generate::text::StopStrings;
+///
+/// let mut row = StopStrings::new(["THE END"], false)?.watch("a prompt");
+/// assert_eq!(row.push("and so THE").text, "and so "); // the rest may become a stop string
+/// assert_eq!(row.push(" END.").stop.as_deref(), Some("THE END"));
+/// # Ok::<(), candle_generate::Error>(())
+/// ```
 #[derive(Debug, Clone, Default)]
 pub struct StopStrings {
     needles: Arc<[Needle]>,
@@ -42,6 +51,9 @@ struct Needle {
 
 impl StopStrings {
     /// Compiles `strings`. With `include`, a row's text keeps the stop string at its end.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for an empty string.
     pub fn new<S: Into<String>>(strings: impl IntoIterator<Item = S>, include: bool) -> Result<Self> {
         let needles = strings.into_iter().map(|text| Needle::new(text.into())).collect::<Result<_>>()?;
         Ok(Self { needles, include })

@@ -107,6 +107,18 @@ impl Tokenizer {
     }
 
     /// The ids of `text`; with `add_special_tokens` as the checkpoint frames a prompt.
+    ///
+    /// ```
+    /// use candle_generate::Tokenizer;
+    ///
+    /// let tokenizer = Tokenizer::from_folder("examples/models/storyteller")?.expect("it has one");
+    /// assert_eq!(tokenizer.encode("Once upon a time", true)?, [1, 1673, 332, 660, 264, 547]);
+    /// assert_eq!(tokenizer.decode(&[1, 1673, 332], true)?, "Once up");
+    /// # Ok::<(), candle_generate::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if its file contradicts itself.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
         self.encode_as(text, add_special_tokens, Direction::default())
     }
@@ -143,6 +155,9 @@ impl Tokenizer {
 
     /// The text of `ids`, as a text of its own: many tokenizers drop the first token's leading space. Ids that it does
     /// not know are left out.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if its file contradicts itself.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
         // Some decoders cannot decode nothing.
         if !ids.iter().any(|&id| self.token(id).is_some() && !(skip_special_tokens && self.is_special(id))) {
