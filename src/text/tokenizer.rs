@@ -73,7 +73,10 @@ impl Tokenizer {
                 let cut = inner.get_pre_tokenizer().cloned().map(|cut| prefixed(cut, prefix));
                 inner.with_pre_tokenizer(cut);
             }
-            let languages = spm::Class::of(folder, &config)?.languages(&config, &config_path, |token| inner.token_to_id(token))?;
+            let languages = match spm::Class::of(folder, &config)? {
+                Some(class) => class.languages(&config, &config_path, |token| inner.token_to_id(token))?,
+                None => None,
+            };
             if languages.is_some() {
                 inner.with_post_processor(None::<PostProcessorWrapper>);
             }

@@ -74,13 +74,14 @@ pub(super) struct Opened {
 }
 
 impl Class {
-    /// The class that a checkpoint names, or else that of its family.
-    pub fn of(folder: &Path, config: &Map<String, Value>) -> Result<Self> {
+    /// The class that a checkpoint names, or else that of its family; none for the one class that reads such models and is not here.
+    pub fn of(folder: &Path, config: &Map<String, Value>) -> Result<Option<Self>> {
         let model = object(&folder.join("config.json"))?.unwrap_or_default();
         let text = |object: &Map<String, Value>, key: &str| object.get(key).and_then(Value::as_str).map(str::to_owned);
         let family = text(&model, "model_type").unwrap_or_default();
         let name = text(config, "tokenizer_class").or_else(|| text(&model, "tokenizer_class")).unwrap_or_default();
-        Ok(match (name.trim_end_matches("Fast"), family.as_str()) {
+        Ok(Some(match (name.trim_end_matches("Fast"), family.as_str()) {
+            ("CodeLlamaTokenizer", _) => return Ok(None),
             (_, family) if PLAIN.contains(&family) => Self::Plain,
             ("T5Tokenizer" | "MT5Tokenizer", _) | ("", "mt5" | "switch_transformers" | "t5" | "umt5") => Self::T5,
             ("MBartTokenizer", _) | ("", "mbart") => Self::MBart,
@@ -92,7 +93,7 @@ impl Class {
             ("LlamaTokenizer", _) => Self::Llama,
             ("GemmaTokenizer", _) | ("", "gemma" | "gemma2" | "gemma3" | "gemma3_text" | "recurrent_gemma") => Self::Gemma,
             _ => Self::Plain,
-        })
+        }))
     }
 
     /// The file of the model.
@@ -162,7 +163,7 @@ impl Class {
 
 /// Reads the model that the class of a checkpoint has; none if it is not there.
 pub(super) fn open(folder: &Path, config: &Map<String, Value>) -> Result<Option<Opened>> {
-    let class = Class::of(folder, config)?;
+    let Some(class) = Class::of(folder, config)? else { return Ok(None) };
     let path = folder.join(class.file());
     let Some(proto) = proto(&path)? else { return Ok(None) };
     let mut config = files::settings(folder, config)?;

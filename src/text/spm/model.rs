@@ -245,7 +245,7 @@ struct Symbol {
 }
 
 /// Two neighbours that make a piece. The greatest is the one to make next: that of the highest score, and of these the leftmost.
-#[derive(PartialEq, PartialOrd)]
+#[derive(PartialEq)]
 struct Merge {
     score: f32,
     left: Reverse<usize>,
@@ -258,7 +258,14 @@ impl Eq for Merge {}
 
 impl Ord for Merge {
     fn cmp(&self, other: &Self) -> Ordering {
-        self.partial_cmp(other).unwrap_or(Ordering::Equal)
+        let score = self.score.partial_cmp(&other.score).unwrap_or(Ordering::Equal);
+        score.then_with(|| (self.left, self.right, self.len).cmp(&(other.left, other.right, other.len)))
+    }
+}
+
+impl PartialOrd for Merge {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
     }
 }
 
