@@ -1,4 +1,6 @@
-//! What benches share: a checkpoint of a real shape, prompts, medians.
+//! What benches share: checkpoints of real shapes, prompts, medians.
+// No bench uses all of it.
+#![allow(dead_code)]
 
 use anyhow::Result;
 use half::bf16;
@@ -57,6 +59,48 @@ pub fn smol_shaped(half: bool) -> Result<PathBuf> {
     // A half-written file never has the name.
     let partial = folder.join("partial");
     write_safetensors(&partial, &tensors, half)?;
+    fs::rename(partial, weights)?;
+    Ok(folder)
+}
+
+/// A folder with a random f32 checkpoint of t5-small's shape, made once.
+pub fn t5_shaped() -> Result<PathBuf> {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("t5-small-shaped-f32");
+    let weights = folder.join("model.safetensors");
+    if weights.exists() {
+        return Ok(folder);
+    }
+    fs::create_dir_all(&folder)?;
+    let (hidden, mlp, layers, vocab) = (512, 2048, 6, 32128);
+    let config = json!({
+        "architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": true, "d_model": hidden, "d_kv": 64,
+        "d_ff": mlp, "num_layers": layers, "num_heads": 8, "relative_attention_num_buckets": 32, "layer_norm_epsilon": 1e-6,
+        "dropout_rate": 0.1, "initializer_factor": 1.0, "vocab_size": vocab, "decoder_start_token_id": 0, "eos_token_id": 1,
+        "pad_token_id": 0, "tie_word_embeddings": true, "feed_forward_proj": "relu",
+    });
+    fs::write(folder.join("config.json"), serde_json::to_vec_pretty(&config)?)?;
+
+    let mut tensors = vec![("shared.weight".to_owned(), vec![vocab, hidden])];
+    for (stack, parts) in [("encoder", &["SelfAttention"][..]), ("decoder", &["SelfAttention", "EncDecAttention"])] {
+        for block in 0..layers {
+            let name = |part: usize, tensor: String| format!("{stack}.block.{block}.layer.{part}.{tensor}.weight");
+            for (part, attention) in parts.iter().enumerate() {
+                for matrix in ["q", "k", "v", "o"] {
+                    tensors.push((name(part, format!("{attention}.{matrix}")), vec![hidden, hidden]));
+                }
+                tensors.push((name(part, "layer_norm".into()), vec![hidden]));
+            }
+            if block == 0 {
+                tensors.push((name(0, "SelfAttention.relative_attention_bias".into()), vec![32, 8]));
+            }
+            tensors.push((name(parts.len(), "DenseReluDense.wi".into()), vec![mlp, hidden]));
+            tensors.push((name(parts.len(), "DenseReluDense.wo".into()), vec![hidden, mlp]));
+            tensors.push((name(parts.len(), "layer_norm".into()), vec![hidden]));
+        }
+        tensors.push((format!("{stack}.final_layer_norm.weight"), vec![hidden]));
+    }
+    let partial = folder.join("partial");
+    write_safetensors(&partial, &tensors, false)?;
     fs::rename(partial, weights)?;
     Ok(folder)
 }

@@ -1,4 +1,6 @@
 //! What the examples share: which model, how its loading is shown, and what happens when nobody reads the output.
+// No example uses all of it.
+#![allow(dead_code)]
 
 use anyhow::Result;
 use candle_generate::{
@@ -8,7 +10,11 @@ use candle_generate::{
 };
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use std::{io, ops::ControlFlow, path::PathBuf};
+use std::{
+    io,
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+};
 
 /// The model in this repository, wherever the example is run from.
 const STORYTELLER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/models/storyteller");
@@ -16,9 +22,9 @@ const STORYTELLER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/models/
 /// Which model, and how it computes.
 #[derive(Debug, Args)]
 pub struct Source {
-    /// A checkpoint folder in Hugging Face's format
-    #[arg(long, value_name = "FOLDER", default_value = STORYTELLER)]
-    model: PathBuf,
+    /// A checkpoint folder in Hugging Face's format, or a repository on its hub; unless given, a model of this repository
+    #[arg(long, value_name = "FOLDER")]
+    pub model: Option<PathBuf>,
     /// The type of the arithmetic, whatever type the weights have: f32 on the CPU, the checkpoint's elsewhere
     #[arg(long, value_enum)]
     dtype: Option<Arithmetic>,
@@ -35,9 +41,15 @@ enum Arithmetic {
 }
 
 impl Source {
-    /// Loads the model, with a progress bar on stderr.
+    /// Loads the model, with a progress bar on stderr: the storyteller unless another is given.
     pub fn load(&self) -> Result<Generator> {
-        let builder = Generator::builder(&self.model).device(self.device.clone()).progress(bar()?);
+        self.load_or(STORYTELLER)
+    }
+
+    /// As `load`, with another model where none is given.
+    pub fn load_or(&self, model: &str) -> Result<Generator> {
+        let model = self.model.as_deref().unwrap_or(Path::new(model));
+        let builder = Generator::builder(model).device(self.device.clone()).progress(bar()?);
         Ok(match self.dtype {
             Some(Arithmetic::F32) => builder.dtype(DType::F32),
             Some(Arithmetic::Bf16) => builder.dtype(DType::BF16),

@@ -29,14 +29,7 @@ pub(crate) struct Kv<S> {
 }
 
 impl<S: Store> Kv<S> {
-    pub fn new(
-        store: S,
-        source: Option<Arc<S>>,
-        shape: StoreShape,
-        start: &Start<'_>,
-        crossings: Arc<[usize]>,
-        steady: usize,
-    ) -> Self {
+    pub fn new(store: S, source: Option<Arc<S>>, shape: StoreShape, start: &Start<'_>, crossings: Arc<[usize]>, steady: usize) -> Self {
         Self { store, source, shape, room: start.room, tokens: Vec::new(), crossings, ahead: start.len, steady, written: 0 }
     }
 
