@@ -20,14 +20,10 @@ use std::{
 const FAMILIES: [&str; 8] = ["llama", "gpt2", "phi3", "llama-dynamic", "mistral", "gemma2", "bloom", "mixtral"];
 
 static GENERATORS: LazyLock<Vec<Generator>> = LazyLock::new(|| FAMILIES.map(|family| load(golden(family))).into());
-static STORYTELLER: LazyLock<Generator> = LazyLock::new(|| load(root().join("examples/models/storyteller")));
-
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
+static STORYTELLER: LazyLock<Generator> = LazyLock::new(|| load("examples/models/storyteller".into()));
 
 fn golden(family: &str) -> PathBuf {
-    root().join("tests/golden").join(family)
+    Path::new("tests/golden").join(family)
 }
 
 fn load(folder: PathBuf) -> Generator {
@@ -172,7 +168,7 @@ fn counted() -> (Generator, impl Fn() -> usize) {
 fn counted_chat(generator: &Generator) -> Chat {
     let mut chat = generator.chat();
     let file: serde_json::Value =
-        serde_json::from_slice(&fs::read(root().join("examples/models/storyteller/tokenizer_config.json")).unwrap()).unwrap();
+        serde_json::from_slice(&fs::read(Path::new("examples/models/storyteller/tokenizer_config.json")).unwrap()).unwrap();
     let conversation = chat.conversation_mut();
     conversation.template = Some(file["chat_template"].as_str().unwrap().into());
     for token in ["bos_token", "eos_token"] {
@@ -294,7 +290,7 @@ fn what_is_shared_counts_once_against_the_memory_limit() {
     let page = 16 * STORYTELLER.model().info().position_bytes;
     let weights = STORYTELLER.model().info().weight_bytes;
     let limited = |pages: u64| {
-        let folder = root().join("examples/models/storyteller");
+        let folder = Path::new("examples/models/storyteller");
         Generator::builder(folder).memory_limit(weights + pages * page).load().unwrap()
     };
     let (prefix, prompt) = (ids(64, 1), ids(65, 1));
@@ -545,7 +541,7 @@ fn a_cache_that_cannot_forget_goes_on_from_its_end_or_anew() {
 
 #[test]
 fn an_encoder_reads_every_prompt_whole() {
-    let tokenizer = Tokenizer::from_folder(root().join("examples/models/storyteller")).unwrap();
+    let tokenizer = Tokenizer::from_folder(Path::new("examples/models/storyteller")).unwrap();
     let (mut toy, _) = Toy::new(2048, true);
     toy.info.is_encoder_decoder = true;
     let generator = Generator::new(toy, tokenizer).with_config(GenerationConfig::new().decoder_start_token_id(2));

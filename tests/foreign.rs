@@ -21,7 +21,7 @@ const TINY: &str = "tests/golden/llama-4x";
 const STORYTELLER: &str = "examples/models/storyteller";
 
 fn path(folder: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(folder)
+    PathBuf::from(folder)
 }
 
 /// The llama of candle-transformers, whose cache is beside it.

@@ -27,7 +27,7 @@ pub use tokenizer::Tokenizer;
 /// The tokenizer of a case of tests/tokenizers/spm.
 #[cfg(test)]
 pub(crate) fn case(name: &str) -> Tokenizer {
-    let models = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tokenizers/spm");
+    let models = std::path::Path::new("tests/tokenizers/spm");
     let cases: serde_json::Value = serde_json::from_slice(&std::fs::read(models.join("cases.json")).unwrap()).unwrap();
     let folder = tempfile::tempdir().unwrap();
     for (file, content) in cases[name].as_object().unwrap() {

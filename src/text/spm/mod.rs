@@ -264,7 +264,7 @@ mod tests {
     use std::{fs, path::Path};
 
     fn model(name: &str) -> Vec<u8> {
-        fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tokenizers/spm").join(name)).unwrap()
+        fs::read(Path::new("tests/tokenizers/spm").join(name)).unwrap()
     }
 
     fn folder(files: &[(&str, &[u8])]) -> tempfile::TempDir {

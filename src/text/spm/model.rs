@@ -361,7 +361,7 @@ mod tests {
     use std::{fs, path::Path, sync::LazyLock};
 
     fn file(name: &str) -> Vec<u8> {
-        fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tokenizers/spm").join(name)).unwrap()
+        fs::read(Path::new("tests/tokenizers/spm").join(name)).unwrap()
     }
 
     fn load(name: &str) -> Model {
