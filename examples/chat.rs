@@ -146,7 +146,11 @@ impl Session {
                 let turns = if rest.is_empty() { 1 } else { rest.parse().with_context(|| format!("{rest:?} is no number of turns"))? };
                 let users = self.chat.messages().iter().enumerate().filter(|(_, message)| message.role() == Some("user"));
                 let asked: Vec<usize> = users.map(|(index, _)| index).collect();
-                ensure!((1..=asked.len()).contains(&turns), "there are {} turns; at least one and at most all of them can be forgotten", asked.len());
+                ensure!(
+                    (1..=asked.len()).contains(&turns),
+                    "there are {} turns; at least one and at most all of them can be forgotten",
+                    asked.len()
+                );
                 self.chat.rewind(asked[asked.len() - turns]);
             }
             "history" => {

@@ -93,7 +93,7 @@ impl Generator {
     /// let tale = generator.prefix("Once upon a time there was a king who had")?;
     /// let config = GenerationConfig::greedy().max_new_tokens(4);
     /// let output = tale.generate("Once upon a time there was a king who had three daughters", &config)?;
-    /// assert_eq!((output.usage.prompt_tokens, output.usage.reused_tokens), (12, 10));
+    /// assert_eq!((output.usage.prompt_tokens, output.usage.reused_tokens), (16, 12));
     /// # Ok::<(), candle_generate::Error>(())
     /// ```
     ///
