@@ -14,7 +14,7 @@
 // For the links of the pages.
 #[cfg(doc)]
 #[allow(unused_imports)]
-use crate::*;
+use super::*;
 
 #[doc = include_str!("../docs/guide/strategies.md")]
 pub mod strategies {}
