@@ -14,7 +14,7 @@
 // For the links of the pages.
 #[cfg(doc)]
 #[allow(unused_imports)]
-use crate::*;
+use super::*;
 
 #[doc = include_str!("../docs/guide/strategies.md")]
 pub mod strategies {}
@@ -91,7 +91,7 @@ mod tests {
                 let mut config: Map<String, Value> = mode.as_object().unwrap().clone();
                 config.insert(row[0].clone(), json!(-1));
                 let Ok(config) = GenerationConfig::from_json(&Value::Object(config)) else { continue };
-                let call = config.eos_token_id.is_some().then_some(config.clone()).unwrap_or(config.eos_token_id(2));
+                let call = if config.eos_token_id.is_some() { config } else { config.eos_token_id(2) };
                 let Err(Error::Config(problems)) = Plan::new(&call, &GenerationConfig::new(), &ModelInfo::new("test", 9), None) else {
                     continue;
                 };

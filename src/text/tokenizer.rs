@@ -116,7 +116,7 @@ impl Tokenizer {
     ///
     /// let tokenizer = Tokenizer::from_folder("examples/models/storyteller")?.expect("it has one");
     /// assert_eq!(tokenizer.encode("Once upon a time", true)?, [1, 1673, 332, 660, 264, 547]);
-    /// assert_eq!(tokenizer.decode(&[1, 1673, 332], true)?, "Once up");
+    /// assert_eq!(tokenizer.decode(&[1, 1673, 332, 660], true)?, "Once upon");
     /// # Ok::<(), candle_generate::Error>(())
     /// ```
     ///
