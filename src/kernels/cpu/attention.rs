@@ -395,7 +395,7 @@ mod tests {
             let mut first = 0;
             let mut spans = Vec::new();
             for ((_, store), &count) in rows.iter_mut().zip(&counts) {
-                spans.push(Span { first, count, store: *store });
+                spans.push(Span { first, count, store: &mut **store });
                 first += count;
             }
             let qkv = Act { data, width: self.width() };
