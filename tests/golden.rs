@@ -3,6 +3,7 @@
 
 use candle_generate::{
     GenerationConfig, Generator, Kernels, Message, Output, Prompt, Sequence,
+    config::OneOrMany,
     logits::{WatermarkDetector, Watermarking},
 };
 use serde::{Deserialize, de::DeserializeOwned};
@@ -12,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-const FAMILIES: [&str; 21] = [
+const FAMILIES: [&str; 29] = [
     "gpt2",
     "gpt_neox",
     "opt",
@@ -33,6 +34,14 @@ const FAMILIES: [&str; 21] = [
     "olmo2",
     "mixtral",
     "qwen3_moe",
+    "t5",
+    "mt5",
+    "umt5",
+    "bart",
+    "mbart",
+    "marian",
+    "pegasus",
+    "m2m_100",
     "storyteller",
 ];
 
@@ -179,6 +188,46 @@ fn qwen3_moe() {
 }
 
 #[test]
+fn t5() {
+    run_family("t5");
+}
+
+#[test]
+fn mt5() {
+    run_family("mt5");
+}
+
+#[test]
+fn umt5() {
+    run_family("umt5");
+}
+
+#[test]
+fn bart() {
+    run_family("bart");
+}
+
+#[test]
+fn mbart() {
+    run_family("mbart");
+}
+
+#[test]
+fn marian() {
+    run_family("marian");
+}
+
+#[test]
+fn pegasus() {
+    run_family("pegasus");
+}
+
+#[test]
+fn m2m_100() {
+    run_family("m2m_100");
+}
+
+#[test]
 fn storyteller() {
     run_family("storyteller");
 }
@@ -241,7 +290,7 @@ impl Case {
 
     fn alone(&self, generator: &Generator) -> Result<(), String> {
         for (row, prompt) in self.rows().into_iter().enumerate() {
-            let output = generator.generate(prompt.clone(), &self.config()).map_err(|error| error.to_string())?;
+            let output = generator.generate(prompt.clone(), &self.own(row)).map_err(|error| error.to_string())?;
             self.check(generator, &output, row)?;
             if let Some(trimmed) = &self.trimmed {
                 let stream = generator.stream(prompt, &self.config()).map_err(|error| error.to_string())?;
@@ -258,6 +307,18 @@ impl Case {
             (None, Some(rows)) => rows.iter().map(|text| Prompt::from(text.as_str())).collect(),
             _ => panic!("{}: exactly one of input_ids and prompts", self.name),
         }
+    }
+
+    /// The config of one row: of what has a value for each, its own.
+    fn own(&self, row: usize) -> GenerationConfig {
+        let mut config = self.config();
+        if let Some(OneOrMany::Many(ids)) = &mut config.decoder_start_token_id {
+            *ids = vec![ids[row]];
+        }
+        if let Some(begins) = config.decoder_input_ids.as_mut().filter(|begins| begins.len() > 1) {
+            *begins = vec![begins[row].clone()];
+        }
+        config
     }
 
     fn config(&self) -> GenerationConfig {

@@ -52,6 +52,26 @@ fn gemma2() {
     run_folder("gemma2", &FILES[..3]);
 }
 
+#[test]
+fn t5() {
+    run_folder("t5", &FILES[..2]);
+}
+
+#[test]
+fn bart() {
+    run_folder("bart", &FILES[..2]);
+}
+
+#[test]
+fn bart_with_a_legacy_config() {
+    run_folder("bart-legacy", &FILES[..1]);
+}
+
+#[test]
+fn marian() {
+    run_folder("marian", &FILES[..1]);
+}
+
 /// Runs every case, as a batch and each prompt alone.
 fn run_folder(name: &str, files: &[&str]) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
@@ -79,6 +99,15 @@ impl Case {
         config
     }
 
+    /// The config of one prompt: of what has a value for each, its own.
+    fn own(&self, prompt: usize) -> GenerationConfig {
+        let mut config = self.config();
+        if let Some(begins) = config.decoder_input_ids.as_mut().filter(|begins| begins.len() > 1) {
+            *begins = vec![begins[prompt].clone()];
+        }
+        config
+    }
+
     fn batched(&self, generator: &Generator) -> Result<(), String> {
         let prompts = self.input_ids.iter().cloned().map(Prompt::from);
         let output = generator.generate_batch(prompts, &self.config()).map_err(|error| error.to_string())?;
@@ -87,7 +116,7 @@ impl Case {
 
     fn alone(&self, generator: &Generator) -> Result<(), String> {
         for (index, prompt) in self.input_ids.iter().enumerate() {
-            let output = generator.generate(prompt.clone(), &self.config()).map_err(|error| error.to_string())?;
+            let output = generator.generate(prompt.clone(), &self.own(index)).map_err(|error| error.to_string())?;
             self.check(&output, index)?;
         }
         Ok(())

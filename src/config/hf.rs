@@ -65,6 +65,13 @@ impl GenerationConfig {
             }
             Self::from_json(&value)
         };
+        let mut model = model.clone();
+        if let Some(object) = model.as_object_mut() {
+            for (key, id) in assumed(object.get("model_type").and_then(Value::as_str).unwrap_or_default()) {
+                object.entry(*key).or_insert_with(|| (*id).into());
+            }
+        }
+        let model = &model;
         let mut config = lift(model)?;
         // HF: only the first of these that is there counts, and only for fields that the outer level leaves unset.
         let filled = |value: &&Value| value.as_object().is_some_and(|object| !object.is_empty());
@@ -250,6 +257,22 @@ impl Strategy {
     }
 }
 
+/// The ids that a family's config class has where an encoder-decoder model's config.json leaves them out.
+fn assumed(family: &str) -> &'static [(&'static str, i64)] {
+    match family {
+        "t5" => &[("pad_token_id", 0), ("eos_token_id", 1)],
+        "mt5" | "umt5" => &[("pad_token_id", 0), ("eos_token_id", 1), ("decoder_start_token_id", 0)],
+        "bart" => {
+            &[("bos_token_id", 0), ("pad_token_id", 1), ("eos_token_id", 2), ("decoder_start_token_id", 2), ("forced_eos_token_id", 2)]
+        }
+        "mbart" => &[("bos_token_id", 0), ("pad_token_id", 1), ("eos_token_id", 2), ("forced_eos_token_id", 2)],
+        "marian" => &[("pad_token_id", 58_100), ("eos_token_id", 0), ("decoder_start_token_id", 58_100), ("forced_eos_token_id", 0)],
+        "pegasus" => &[("pad_token_id", 0), ("eos_token_id", 1), ("decoder_start_token_id", 0), ("forced_eos_token_id", 1)],
+        "m2m_100" => &[("bos_token_id", 0), ("pad_token_id", 1), ("eos_token_id", 2), ("decoder_start_token_id", 2)],
+        _ => &[],
+    }
+}
+
 impl Serialize for GenerationConfig {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let Value::Object(object) = self.to_json() else { return Err(ser::Error::custom("a config is an object")) };
@@ -380,8 +403,20 @@ mod tests {
         let expected = json!({
             "num_beams": 4, "length_penalty": 2.0, "min_length": 56, "max_length": 142, "no_repeat_ngram_size": 3,
             "early_stopping": true, "forced_bos_token_id": 0, "forced_eos_token_id": 2, "decoder_start_token_id": 2, "bos_token_id": 0,
+            "eos_token_id": 2, "pad_token_id": 1,
         });
         assert_eq!(read.to_json(), expected);
+    }
+
+    #[test]
+    fn ids_that_config_json_leaves_out_are_its_family_s() {
+        let of = |text: &str| GenerationConfig::from_pretrained(folder(&[("config.json", text)]).path()).unwrap().to_json();
+        assert_eq!(of(r#"{"model_type": "t5"}"#), json!({"pad_token_id": 0, "eos_token_id": 1}));
+        let umt5 = json!({"pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0});
+        assert_eq!(of(r#"{"model_type": "umt5", "eos_token_id": 3}"#), umt5);
+        let mbart = json!({"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 9});
+        assert_eq!(of(r#"{"model_type": "mbart", "forced_eos_token_id": null, "decoder_start_token_id": 9}"#), mbart);
+        assert_eq!(of(r#"{"model_type": "llama"}"#), json!({}));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use crate::{
 };
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::{ops::softmax_last_dim, rotary_emb::rope_thd};
+use half::f16;
 use std::ops::Range;
 
 /// Candle's operations on one device. `dtype` is that of activations; as in the reference's eager code norms, softmax
@@ -50,7 +51,7 @@ impl CandleOps {
         let (count, len) = (queries.dim(1)?, keys.dim(1)?);
         // The heads of a group lie one after another, so a group's queries are the rows of one product.
         let queries = queries.reshape((kv_heads, heads / kv_heads * count, head_dim))?.to_dtype(self.product)?;
-        let scores = queries.matmul(&keys.to_dtype(self.product)?.t()?)?.to_dtype(self.dtype)?;
+        let scores = self.narrow(queries.matmul(&keys.to_dtype(self.product)?.t()?)?)?;
         let mut scores = self.times(&scores, attention.scale)?;
         if let Some(cap) = attention.softcap {
             scores = self.times(&self.times(&scores, 1.0 / cap)?.tanh()?, cap)?;
@@ -58,10 +59,11 @@ impl CandleOps {
         let scores = scores.reshape((heads, count, len))?;
         let scores = match attention.bias {
             Bias::None => scores,
-            _ => (scores + self.biases(attention, start, count, len)?)?,
+            _ => self.narrow((scores + self.biases(attention, start, count, len)?)?)?,
         };
         let mut scores = scores.to_dtype(DType::F32)?;
-        if attention.sight != Sight::Full {
+        // Where the first token sees everything, all do.
+        if attention.sight.of(start, len) != (0..len) {
             scores = scores.broadcast_add(&self.mask(attention.sight, start, count, len)?)?;
         }
         let weights = softmax_last_dim(&scores)?.to_dtype(self.dtype)?.to_dtype(self.product)?;
@@ -86,9 +88,17 @@ impl CandleOps {
         Ok(Tensor::from_vec(mask, (count, len), &self.device)?)
     }
 
+    /// `x` in the type of activations.
+    // HF: f16 overflows to infinity there; T5 and BART cut infinities off after each part of a layer, and T5 has its largest product
+    // in f32. Here f16 ends at its largest number everywhere.
+    fn narrow(&self, x: Tensor) -> Result<Tensor> {
+        let most = f16::MAX.to_f64();
+        Ok(if self.dtype == DType::F16 { x.clamp(-most, most)? } else { x }.to_dtype(self.dtype)?)
+    }
+
     /// `x * factor`, multiplied in f32 and rounded once, as the reference multiplies by a number.
     fn times(&self, x: &Tensor, factor: f32) -> Result<Tensor> {
-        Ok(x.to_dtype(DType::F32)?.affine(f64::from(factor), 0.0)?.to_dtype(self.dtype)?)
+        self.narrow(x.to_dtype(DType::F32)?.affine(f64::from(factor), 0.0)?)
     }
 
     /// `x` in f32, divided by what the norm divides by.
@@ -175,7 +185,7 @@ impl Ops for CandleOps {
             Some(bias) => y.broadcast_add(bias)?,
             None => y,
         };
-        Ok(y.to_dtype(self.dtype)?)
+        self.narrow(y)
     }
 
     fn norm(&self, norm: &Norm<Tensor>, x: &Tensor) -> Result<Tensor> {
@@ -193,11 +203,11 @@ impl Ops for CandleOps {
     }
 
     fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
-        Ok((x + y)?)
+        self.narrow((x + y)?)
     }
 
     fn scale(&self, x: Tensor, factor: f32) -> Result<Tensor> {
-        Ok(x.affine(f64::from(factor), 0.0)?)
+        self.narrow(x.affine(f64::from(factor), 0.0)?)
     }
 
     fn activate(&self, activation: Activation, x: Tensor) -> Result<Tensor> {
@@ -207,7 +217,7 @@ impl Ops for CandleOps {
     fn gate(&self, activation: Activation, x: Tensor) -> Result<Tensor> {
         let width = x.dim(1)? / 2;
         let gate = self.function(activation, &x.narrow(1, 0, width)?)?;
-        Ok((gate * x.narrow(1, width, width)?)?)
+        self.narrow((gate * x.narrow(1, width, width)?)?)
     }
 
     fn route(&self, logits: &Tensor, top: usize, renormalise: bool) -> Result<Vec<Picks>> {
@@ -285,7 +295,8 @@ impl Ops for CandleOps {
             let [keys, values] = row.store.layer(layer)?;
             mixed.push(self.attend_row(attention, 0, &heads(queries, row, attention.head_dim)?, keys, values)?);
         }
-        Ok(Tensor::cat(&mixed, 0)?)
+        // Of no queries, none.
+        if mixed.is_empty() { Ok(queries.clone()) } else { Ok(Tensor::cat(&mixed, 0)?) }
     }
 
     fn select(&self, x: &Tensor, indices: &[usize]) -> Result<Tensor> {
@@ -448,6 +459,21 @@ mod tests {
         close(&of(Activation::GeluTanh), &[-0.158808, 0.345714, 1.9545977]);
         close(&of(Activation::Relu), &[0.0, 0.5, 2.0]);
         close(&values(ops().gate(Activation::Silu, act(&[-1.0, 0.5, 3.0, 4.0], 4)).unwrap()), &[-0.8068243, 1.2449187]);
+    }
+
+    #[test]
+    fn f16_ends_at_its_largest_number() {
+        let half = CandleOps::new(Device::Cpu, DType::F16);
+        let one = bytes(&[300.0, -300.0]);
+        let weight = half.weight(&[Matrix { bytes: &one, dtype: DType::F32, outputs: 2, inputs: 1, transposed: false }], None).unwrap();
+        let x = act(&[300.0], 1).to_dtype(DType::F16).unwrap();
+        let y = half.linear(&weight, &x).unwrap();
+        let most = [f16::MAX, f16::MIN];
+        let of = |x: Tensor| x.flatten_all().unwrap().to_vec1::<f16>().unwrap();
+        assert_eq!(of(y.clone()), most);
+        assert_eq!(of(half.add(y.clone(), &y).unwrap()), most);
+        assert_eq!(of(half.scale(y.clone(), 2.0).unwrap()), most);
+        assert_eq!(of(half.gate(Activation::Relu, Tensor::cat(&[&y, &y], 1).unwrap()).unwrap()), [f16::MAX, f16::ZERO]);
     }
 
     #[test]

@@ -72,7 +72,6 @@ impl<O: Ops> Decoder<O> {
                 // A source takes what as many of the decoder's own positions take.
                 info.source_bytes = info.position_bytes;
             }
-            // HF: DoLa refuses encoder-decoder models.
             None => info.layers = spec.attention.len(),
         }
         let crossings = entry.crossings();

@@ -90,8 +90,18 @@ fn logits_depend_on_every_token_in_sight() {
             let mut ids = IDS;
             ids[place] = 50;
             let apart = logits.iter().zip(case.last(&ids)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            assert!(apart > 1e-3, "{}: token {place} makes no difference", case.name);
+            assert!(apart > 5e-5, "{}: token {place} makes no difference", case.name);
         }
+    }
+}
+
+#[test]
+fn fused_operations_agree_with_candles() {
+    for family in tiny::FAMILIES {
+        let [candle, fused] = both(family, json!({})).map(|case| case.whole(&IDS));
+        let spread = candle.iter().map(|logit| logit.abs()).fold(0.0, f32::max);
+        let apart = candle.iter().zip(&fused).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(candle.len() == fused.len() && apart < 1e-5 * spread.max(1.0), "{family}: {apart} apart of {spread}");
     }
 }
 
@@ -294,12 +304,13 @@ fn readers() -> impl Iterator<Item = Case> {
 fn logits_depend_on_every_token_of_the_source() {
     for case in readers() {
         let last = |source: &[u32]| case.feed(&mut case.read(source, Room::Grow), &IDS, Want::Last);
-        let logits = last(&IDS);
+        let ids = IDS.map(|id| id % 57);
+        let logits = last(&ids);
         for place in 0..IDS.len() {
-            let mut source = IDS;
+            let mut source = ids;
             source[place] = 50;
             let apart = logits.iter().zip(last(&source)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            assert!(apart > 1e-4, "{}: token {place} of the source makes no difference", case.name);
+            assert!(apart > 5e-5, "{}: token {place} of the source makes no difference", case.name);
         }
         assert_eq!(case.model.info().layers, 0);
     }

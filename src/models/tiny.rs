@@ -91,7 +91,9 @@ pub(crate) fn config(family: &str) -> Value {
             "sliding_window": 6, "original_max_position_embeddings": 20, "partial_rotary_factor": 0.75,
             "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [2.0, 4.0, 8.0]},
         }),
-        ("t5", "gated") => json!({"feed_forward_proj": "gated-gelu", "tie_word_embeddings": false, "num_decoder_layers": 3, "num_layers": 2}),
+        ("t5", "gated") => {
+            json!({"feed_forward_proj": "gated-gelu", "tie_word_embeddings": false, "num_decoder_layers": 3, "num_layers": 2})
+        }
         ("marian", "apart") => json!({"share_encoder_decoder_embeddings": false, "vocab_size": 57, "decoder_vocab_size": 61}),
         ("smollm3", _) => json!({"no_rope_layer_interval": 2}),
         ("mixtral", _) => json!({"sliding_window": 6, "num_local_experts": 4}),

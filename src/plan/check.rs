@@ -293,6 +293,10 @@ impl<'a> Check<'a> {
                     self.refuse("use_cache", false, "contrastive search needs the cache; accepted is true");
                 }
             }
+            // HF: an error there too.
+            Strategy::Dola { .. } if self.info.is_encoder_decoder => {
+                self.unsupported.push("dola_layers with encoder-decoder models; accepted with decoder-only models".into());
+            }
             Strategy::Dola { .. } if self.info.layers == 0 => {
                 self.unsupported.push(format!("dola_layers: {} tells no layers", self.info.name));
             }

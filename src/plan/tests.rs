@@ -477,6 +477,25 @@ fn encoder_decoder_models_need_a_first_token() {
 }
 
 #[test]
+fn rows_of_encoder_decoder_models_begin_as_they_are_told() {
+    let info = ModelInfo { is_encoder_decoder: true, ..info() };
+    let begin = |json| {
+        Plan::new(&config(json), &config(json!({"decoder_start_token_id": 3})), &info, None).map(|plan| [0, 1].map(|row| plan.begin(row)))
+    };
+    assert_eq!(begin(json!({})).unwrap(), [Some(vec![3]), Some(vec![3])]);
+    assert_eq!(begin(json!({"decoder_input_ids": [[7, 8]]})).unwrap(), [Some(vec![3, 7, 8]), Some(vec![3, 7, 8])]);
+    assert_eq!(begin(json!({"decoder_input_ids": [[3, 8], [7]]})).unwrap(), [Some(vec![3, 8]), Some(vec![3, 7])]);
+    let both = json!({"decoder_input_ids": [[3, 8], [7]], "decoder_start_token_id": [4, 7]});
+    assert_eq!(begin(both).unwrap(), [Some(vec![4, 3, 8]), Some(vec![7])]);
+    for wrong in [json!([]), json!([[]]), json!([[1], []]), json!([[9999]])] {
+        let found = Plan::new(&config(json!({"decoder_input_ids": wrong, "decoder_start_token_id": 3})), &config(json!({})), &info, None);
+        assert_eq!(refused(found), ["decoder_input_ids"], "{wrong}");
+    }
+    assert_eq!(refused(plan(json!({"decoder_input_ids": [[1]]}))), ["decoder_input_ids"]);
+    assert_eq!(plan(json!({})).unwrap().begin(0), None);
+}
+
+#[test]
 fn caches_grow_unless_room_is_asked_for() {
     let room = |json| plan(json).unwrap().capacity.room(10);
     assert_eq!(room(json!({})), Room::Grow);

@@ -185,7 +185,7 @@ impl Writer {
     /// Reads the prompts of rows that are new, each once.
     fn meet(&self, turn: &mut Turn<'_>, known: &HashMap<usize, Notes>) -> Result<HashMap<usize, Box<dyn Cache>>> {
         let mut prompts: BTreeMap<usize, &Row> = BTreeMap::new();
-        for row in turn.rows.iter().filter(|row| !known.contains_key(&row.number) && self.follows(&row.tokens)) {
+        for row in turn.rows.iter().filter(|row| !known.contains_key(&row.number) && self.follows(&row.tokens) && self.reads(row)) {
             prompts.entry(row.prompt).or_insert(row);
         }
         let rows: Vec<&Row> = prompts.into_values().collect();
@@ -212,6 +212,11 @@ impl Writer {
         let info = self.model.info();
         let fits = !matches!(info.context, Context::Hard(positions) if tokens.len() > positions);
         fits && tokens.iter().all(|&id| (id as usize) < info.vocab_size)
+    }
+
+    /// Whether the draft model can read the row's source, if it has one.
+    fn reads(&self, row: &Row) -> bool {
+        row.source.as_deref().is_none_or(|source| self.model.info().check_source(row.prompt, source).is_ok())
     }
 
     /// Tokens that the row's draft may have.

@@ -65,10 +65,11 @@ impl Task for Rotate<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::{Bias, Sight};
 
     #[test]
     fn rotation_is_the_references() {
-        let attention = Attention { heads: 1, kv_heads: 1, head_dim: 8, scale: 1.0, softcap: None, window: None, alibi: [].into() };
+        let attention = Attention { heads: 1, kv_heads: 1, head_dim: 8, scale: 1.0, softcap: None, sight: Sight::Causal, bias: Bias::None };
         let rope = Rope { inv_freq: vec![1.0, 0.1, 0.01, 0.001], scale: 1.0 };
         let mut qkv: Vec<f32> = (1..=8).map(|i| i as f32 / 4.0).chain([0.5; 16]).collect();
         rotate(Level::best(), &attention, &Angles::new(&[(&rope, 37..38)]), &mut qkv);

@@ -172,7 +172,8 @@ mod tests {
             let Attention { heads, kv_heads, head_dim, .. } = spec.attention[0];
             let (Mlp::Plain { inner, .. } | Mlp::Gated { inner, .. } | Mlp::GatedFused { inner, .. }) = spec.mlp;
             let len = match spec.positions {
-                Positions::Learned { len, .. } | Positions::Rope { trained: len, .. } => len,
+                Positions::Learned { len, .. } | Positions::Rope { trained: len, .. } | Positions::Waves { trained: len, .. } => len,
+                Positions::Relative { reach, .. } => reach,
                 Positions::Alibi { trained } => trained.unwrap_or(0),
             };
             [spec.vocab, spec.hidden, inner, spec.attention.len(), heads, kv_heads, head_dim, len]
@@ -197,10 +198,19 @@ mod tests {
         assert_eq!(sizes("phi"), [51200, 2048, 8192, 24, 32, 32, 64, 2048]);
         assert_eq!(sizes("stablelm"), [50304, 2560, 6912, 32, 32, 32, 80, 4096]);
         assert_eq!(sizes("starcoder2"), [49152, 3072, 12288, 30, 24, 2, 128, 4096]);
+        assert_eq!(sizes("t5"), [32128, 512, 2048, 6, 8, 8, 64, 128]);
+        assert_eq!(sizes("mt5"), [250112, 512, 1024, 8, 6, 6, 64, 128]);
+        assert_eq!(sizes("umt5"), [250112, 512, 1024, 8, 6, 6, 64, 128]);
+        assert_eq!(sizes("bart"), [50265, 1024, 4096, 12, 16, 16, 64, 1024]);
+        assert_eq!(sizes("mbart"), [50265, 1024, 4096, 12, 16, 16, 64, 1024]);
+        assert_eq!(sizes("marian"), [58101, 1024, 4096, 12, 16, 16, 64, 1024]);
+        assert_eq!(sizes("pegasus"), [50265, 1024, 4096, 12, 16, 16, 64, 1024]);
+        assert_eq!(sizes("m2m_100"), [128112, 1024, 4096, 12, 16, 16, 64, 1024]);
         let tied = |name: &&str| *name != "gemma3" && matches!(of(&json!({"model_type": name})).unwrap().head, Head::Tied(_));
         let tied: Vec<_> = FAMILIES.into_iter().map(|(name, _)| name).filter(tied).collect();
         let expected = ["gpt2", "opt", "bloom", "falcon", "starcoder2", "gemma", "gemma2", "gemma3_text", "smollm3"];
-        assert_eq!(tied, expected);
+        assert_eq!(tied[..9], expected);
+        assert_eq!(tied[9..], ["t5", "mt5", "umt5", "bart", "mbart", "marian", "pegasus", "m2m_100"]);
     }
 
     #[test]
@@ -351,12 +361,12 @@ mod tests {
     #[test]
     fn unknown_models_are_refused_by_name() {
         let known = "known are gpt2, gpt_neox, opt, bloom, falcon, phi, stablelm, starcoder2, llama, mistral, \
-            qwen2, qwen3, gemma, gemma2, gemma3, gemma3_text, phi3, smollm3, olmo2, mixtral, qwen3_moe";
+            qwen2, qwen3, gemma, gemma2, gemma3, gemma3_text, phi3, smollm3, olmo2, mixtral, qwen3_moe, \
+            t5, mt5, umt5, bart, mbart, marian, pegasus, m2m_100";
         refused("llama", json!({"model_type": "lama"}), &format!("cannot load config.json: model_type = \"lama\": {known}"));
         refused("llama", json!({"model_type": "absent"}), &format!("cannot load config.json: model_type = \"\": {known}"));
-        let reason = "unsupported: model_type \"bart\": encoder-decoder models are not built yet";
-        refused("llama", json!({"model_type": "bart"}), reason);
-        assert!(matches!(with("llama", json!({"is_encoder_decoder": true})), Err(Error::Unsupported(_))));
+        refused("llama", json!({"is_encoder_decoder": true}), "unsupported: model_type \"llama\" with is_encoder_decoder = true");
+        refused("bart", json!({"is_encoder_decoder": false}), "unsupported: model_type \"bart\" with is_encoder_decoder = false");
         assert!(matches!(with("llama", json!({"quantization_config": {}})), Err(Error::Unsupported(_))));
         assert!(with("llama", json!({"quantization_config": null})).is_ok());
         let reason =

@@ -280,3 +280,82 @@ impl Bart {
         Ok(Attention { heads, kv_heads: heads, head_dim, scale, softcap: None, sight: Sight::Causal, bias: Bias::None })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::kernels::Activation;
+    use serde_json::{Value, json};
+
+    fn fields(config: Value) -> Fields {
+        Fields::new(config.as_object().unwrap().clone())
+    }
+
+    fn refused(family: fn(&Fields) -> Result<DecoderSpec>, config: Value, message: &str) {
+        assert_eq!(family(&fields(config)).unwrap_err().to_string(), format!("cannot load config.json: {message}"));
+    }
+
+    #[test]
+    fn heads_are_given_scaled_states_where_the_reference_does() {
+        let scale = |family: fn(&Fields) -> Result<DecoderSpec>, config| family(&fields(config)).unwrap().head_scale;
+        assert_eq!(scale(t5, json!({"d_model": 64})), Some(0.125));
+        assert_eq!(scale(t5, json!({"tie_word_embeddings": false})), None);
+        assert_eq!(scale(t5, json!({"tie_word_embeddings": true, "scale_decoder_outputs": false})), None);
+        assert_eq!(scale(mt5, json!({})), None);
+        assert_eq!(scale(umt5, json!({"d_model": 16})), Some(0.25));
+        assert_eq!(scale(umt5, json!({"tie_word_embeddings": false})), None);
+        let embedded = |family: fn(&Fields) -> Result<DecoderSpec>| family(&fields(json!({"d_model": 256}))).unwrap().embedding_scale;
+        assert_eq!([bart, mbart, marian, pegasus, m2m_100].map(embedded), [None, None, None, None, Some(16.0)]);
+    }
+
+    #[test]
+    fn the_form_of_the_feed_forward_part_is_named_in_one_field() {
+        let of = |family: fn(&Fields) -> Result<DecoderSpec>, config| match family(&fields(config)).unwrap().mlp {
+            Mlp::Plain { activation, .. } => (false, activation),
+            Mlp::Gated { activation, .. } | Mlp::GatedFused { activation, .. } => (true, activation),
+        };
+        assert_eq!(of(t5, json!({})), (false, Activation::Relu));
+        assert_eq!(of(mt5, json!({})), (true, Activation::GeluTanh));
+        assert_eq!(of(t5, json!({"feed_forward_proj": "gelu"})), (false, Activation::Gelu));
+        assert_eq!(of(t5, json!({"feed_forward_proj": "gated-gelu"})), (true, Activation::GeluTanh));
+        assert_eq!(of(t5, json!({"feed_forward_proj": "gated-silu"})), (true, Activation::Silu));
+        let known = "silu, swish, gelu, gelu_new, gelu_fast, gelu_pytorch_tanh and relu are accepted";
+        refused(t5, json!({"feed_forward_proj": "gated-mish"}), &format!("feed_forward_proj = mish: {known}"));
+        refused(t5, json!({"feed_forward_proj": "wide-relu"}), &format!("feed_forward_proj = wide-relu: {known}"));
+    }
+
+    #[test]
+    fn sizes_that_cannot_be_are_refused() {
+        refused(t5, json!({"relative_attention_num_buckets": 3}), "relative_attention_num_buckets = 3: at least 4 are accepted");
+        let reason = "relative_attention_max_distance = 16: more than half of the 32 buckets are accepted";
+        refused(umt5, json!({"relative_attention_max_distance": 16}), reason);
+        let most = "whole numbers from 1 to 4096 are accepted";
+        refused(
+            mt5,
+            json!({"relative_attention_max_distance": 1_u64 << 40}),
+            &format!("relative_attention_max_distance = 1099511627776: {most}"),
+        );
+        let reason = "d_model = 33: an even number is accepted: half are sines, half cosines";
+        refused(marian, json!({"d_model": 33}), reason);
+        refused(bart, json!({"d_model": 33}), "encoder_attention_heads = 16: a divisor of the hidden size 33 is accepted");
+        refused(
+            bart,
+            json!({"d_model": 48, "decoder_attention_heads": 9}),
+            "decoder_attention_heads = 9: a divisor of the hidden size 48 is accepted",
+        );
+    }
+
+    #[test]
+    fn halves_may_differ() {
+        let spec = t5(&fields(json!({"num_layers": 3, "num_decoder_layers": 5}))).unwrap();
+        assert_eq!((spec.encoder.unwrap().stack.attention.len(), spec.attention.len()), (3, 5));
+        let spec = t5(&fields(json!({"num_layers": 3, "num_decoder_layers": null}))).unwrap();
+        assert_eq!(spec.attention.len(), 3);
+        let apart = json!({"share_encoder_decoder_embeddings": false, "vocab_size": 50, "decoder_vocab_size": 60});
+        let spec = marian(&fields(apart)).unwrap();
+        assert_eq!((spec.encoder.unwrap().stack.vocab, spec.vocab), (50, 60));
+        let spec = marian(&fields(json!({"vocab_size": 50, "decoder_vocab_size": 60}))).unwrap();
+        assert_eq!((spec.encoder.unwrap().stack.vocab, spec.vocab), (50, 50));
+    }
+}
