@@ -164,8 +164,9 @@ proptest! {
         name in prop::sample::select(vec!["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]),
         edits in prop::collection::vec((0usize..3000, any::<u8>()), 1..5),
         cut in prop::option::weighted(0.1, 0usize..3000),
+        family in prop::sample::select(vec!["llama", "t5", "bart"]),
     ) {
-        let source = if name.starts_with("token") { folder_of_the_storyteller() } else { golden("llama") };
+        let source = if name.starts_with("token") { folder_of_the_storyteller() } else { golden(family) };
         let folder = tempfile::tempdir().unwrap();
         for file in fs::read_dir(source).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_file()) {
             fs::copy(&file, folder.path().join(file.file_name().unwrap())).unwrap();

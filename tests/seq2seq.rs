@@ -1,7 +1,10 @@
 //! Encoder-decoder models from source to text.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use candle_generate::{Error, GenerationConfig, Generator, Output, Result, config::OneOrMany};
+use candle_generate::{
+    Error, GenerationConfig, Generator, Output, Result,
+    config::{DolaLayers, OneOrMany},
+};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 
@@ -27,7 +30,7 @@ struct Test {
 }
 
 fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/date-normaliser")
+    PathBuf::from("examples/models/date-normaliser")
 }
 
 fn lines<T: for<'a> Deserialize<'a>>(name: &str) -> Vec<T> {
@@ -208,7 +211,11 @@ fn what_cannot_be_is_refused() {
     refused(llama.generate(source(), &greedy().decoder_input_ids([vec![5]])), "config", "a decoder-only model continues its prompt");
     refused(t5.generate(source(), &greedy().token_healing(true)), "unsupported", "token_healing of an encoder-decoder model");
     refused(t5.generate(source(), &greedy().guidance_scale(1.5)), "unsupported", "guidance_scale with encoder-decoder models");
-    refused(t5.generate(source(), &GenerationConfig::new().dola_layers("low")), "unsupported", "dola_layers with encoder-decoder models");
+    refused(
+        t5.generate(source(), &GenerationConfig::new().dola_layers(DolaLayers::Low)),
+        "unsupported",
+        "dola_layers with encoder-decoder models",
+    );
     refused(t5.generate(source(), &GenerationConfig::new().assistant_model(&llama)), "config", "it has no encoder to read the source");
     refused(llama.generate(source(), &GenerationConfig::new().assistant_model(&t5)), "config", "it has an encoder");
     refused(t5.perplexity(source()), "unsupported", "the score of a text without a source");

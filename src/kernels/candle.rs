@@ -40,6 +40,9 @@ pub(crate) struct Tensors {
     len: usize,
 }
 
+/// Scores of an attention that are computed at a time.
+const SCORES: usize = 1 << 25;
+
 impl CandleOps {
     pub fn new(device: Device, dtype: DType) -> Self {
         let product = if device.is_cpu() { DType::F32 } else { dtype };
@@ -48,6 +51,20 @@ impl CandleOps {
 
     /// Queries `(heads, count, head_dim)`, the first of which stands at position `start`, on all keys and values.
     fn attend_row(&self, attention: &Attention, start: usize, queries: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Tensor> {
+        let (count, len) = (queries.dim(1)?, keys.dim(1)?);
+        // A long prompt in parts, so that memory grows with its length and not with its square.
+        let most = (SCORES / (attention.heads * len)).max(1);
+        let part = |first| {
+            let queries = queries.narrow(1, first, most.min(count - first))?.contiguous()?;
+            self.attend_part(attention, start + first, &queries, keys, values)
+        };
+        match count > most {
+            true => Ok(Tensor::cat(&(0..count).step_by(most).map(part).collect::<Result<Vec<_>>>()?, 0)?),
+            false => self.attend_part(attention, start, queries, keys, values),
+        }
+    }
+
+    fn attend_part(&self, attention: &Attention, start: usize, queries: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Tensor> {
         let Attention { heads, kv_heads, head_dim, .. } = *attention;
         let (count, len) = (queries.dim(1)?, keys.dim(1)?);
         // The heads of a group lie one after another, so a group's queries are the rows of one product.
@@ -63,7 +80,8 @@ impl CandleOps {
             _ => self.narrow((scores + self.biases(attention, start, count, len)?)?)?,
         };
         let mut scores = scores.to_dtype(DType::F32)?;
-        if attention.sight != Sight::Full {
+        // Where the first token sees everything, all do.
+        if attention.sight.of(start, len) != (0..len) {
             scores = scores.broadcast_add(&self.mask(attention.sight, start, count, len)?)?;
         }
         let weights = softmax_last_dim(&scores)?.to_dtype(self.dtype)?.to_dtype(self.product)?;

@@ -110,6 +110,16 @@ fn logits_depend_on_every_token_in_sight() {
 }
 
 #[test]
+fn fused_operations_agree_with_candles() {
+    for family in tiny::FAMILIES {
+        let [candle, fused] = both(family, json!({})).map(|case| case.whole(&IDS));
+        let spread = candle.iter().map(|logit| logit.abs()).fold(0.0, f32::max);
+        let apart = candle.iter().zip(&fused).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(candle.len() == fused.len() && apart < 1e-5 * spread.max(1.0), "{family}: {apart} apart of {spread}");
+    }
+}
+
+#[test]
 fn cached_equals_uncached() {
     for case in cases() {
         let mut cache = case.start(Room::Grow);

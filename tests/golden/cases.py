@@ -303,6 +303,65 @@ def watermarks():
     )  # fmt: skip
 
 
+def sources():
+    """For models whose encoder reads the prompt."""
+    keep = dict(repetition_penalty=1.6)
+    yield Case("plain", [7], keep | dict(max_new_tokens=5), full=True)
+    yield Case("batch", [3, 17, 1, 9], keep | dict(max_new_tokens=8), padded=True)
+    yield Case("long", [4], keep | dict(max_new_tokens=40))
+    yield Case("long_source", [55, 23], keep | dict(max_new_tokens=6), padded=True)
+    yield Case("sample", [8], dict(max_new_tokens=1, do_sample=True, temperature=0.8, top_k=12, top_p=0.8))
+    yield Case("decoder_input_ids", [5, 9], lambda p, _: keep | dict(max_new_tokens=5, decoder_input_ids=[p[2:5]]), padded=True)
+
+
+def sources_forced():
+    """For a checkpoint whose generation_config.json forces the end: the only token of a draw would be that."""
+    return [case for case in sources() if case.name != "sample"]
+
+
+def sources_full():
+    """With all that is about sources and starts."""
+    keep = dict(repetition_penalty=1.6)
+    yield from sources()
+    yield Case("nothing_set", [5], keep)
+    yield Case("max_length", [5, 30], keep | dict(max_length=9))
+    yield Case("min_length", [5, 7], lambda p, _: keep | dict(max_new_tokens=9, eos_token_id=p[2], min_length=6), padded=True)
+    yield Case("eos_list", [6, 3, 11], lambda p, _: keep | dict(max_new_tokens=12, eos_token_id=[p[9], p[4]]), padded=True)
+    yield Case("use_cache_false", [9, 4], keep | dict(max_new_tokens=6, use_cache=False), idle=["use_cache"], padded=True)
+    yield Case("decoder_start_token_id", [5], keep | dict(max_new_tokens=5, decoder_start_token_id=30))
+    yield Case(
+        "decoder_start_token_id_of_each", [5, 8, 3], keep | dict(max_new_tokens=5, decoder_start_token_id=[30, 41, 52]), padded=True
+    )
+    yield Case(
+        "decoder_input_ids_of_each", [5, 8],
+        lambda p, _: keep | dict(max_new_tokens=5, decoder_input_ids=[[30, p[1], p[2]], [30, p[4], p[7]]], decoder_start_token_id=30),
+        idle=["decoder_start_token_id"], padded=True,
+    )  # fmt: skip
+    yield Case("forced_bos_token_id", [4, 9], lambda p, _: keep | dict(max_new_tokens=5, forced_bos_token_id=p[4]), padded=True)
+    yield Case(
+        "forced_eos_token_id", [6, 9], lambda p, _: keep | dict(max_new_tokens=5, forced_eos_token_id=p[9], eos_token_id=p[9]), padded=True
+    )
+    yield Case("encoder_repetition_penalty", [9, 14], dict(max_new_tokens=7, encoder_repetition_penalty=2.5))
+    yield Case("encoder_no_repeat_ngram_size_1", [9, 14], keep | dict(max_new_tokens=7, encoder_no_repeat_ngram_size=1))
+    yield Case("bad_words_ids", [6, 9], lambda p, _: keep | dict(max_new_tokens=7, bad_words_ids=[[p[0]], [p[3], p[4]]]))
+    yield Case(
+        "together", [12, 7],
+        lambda p, _: dict(
+            max_new_tokens=9, eos_token_id=[p[4], p[9]], repetition_penalty=1.5, encoder_repetition_penalty=1.3, min_new_tokens=4,
+            forced_bos_token_id=p[6], suppress_tokens=[p[1]], renormalize_logits=True,
+        ),
+        idle=["min_new_tokens"],
+    )  # fmt: skip
+
+
+def sources_file():
+    """For a checkpoint whose config.json says how to generate, with beams."""
+    one = dict(num_beams=1)
+    yield Case("plain", [7], one, full=True, idle=["num_beams"])
+    yield Case("batch", [3, 17, 9], one | dict(no_repeat_ngram_size=1), idle=["num_beams"], padded=True)
+    yield Case("max_new_tokens", [5, 8], one | dict(max_new_tokens=12), idle=["num_beams"])
+
+
 def sampling_file():
     """For a checkpoint whose generation_config.json samples and penalises: what a request leaves out comes from there."""
     yield Case("plain", [7], dict(do_sample=False, repetition_penalty=1.0, max_new_tokens=6), full=True)
@@ -350,4 +409,6 @@ def story():
     yield tell("sample", dict(max_new_tokens=1, do_sample=True, temperature=1.2, top_k=20, top_p=0.9))
 
 
-SUITES = dict(short=short, varied=varied, far=far, crossing=crossing, full=full, sampling_file=sampling_file, story=story)
+SUITES = dict(short=short, varied=varied, far=far, crossing=crossing, full=full, sampling_file=sampling_file, sources=sources,
+              sources_full=sources_full, sources_forced=sources_forced,
+              sources_file=sources_file, story=story)  # fmt: skip

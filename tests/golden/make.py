@@ -50,9 +50,9 @@ from pathlib import Path
 import torch
 import transformers
 from cases import SUITES
-from oracle import Oracle, record
+from oracle import Oracle, kind, record
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 VERSION = "5.23.0"
 HERE = Path(__file__).resolve().parent
@@ -167,6 +167,30 @@ QWEN3_MOE = SMALL | dict(
     num_experts_per_tok=3, moe_intermediate_size=16, mlp_only_layers=[1], norm_topk_prob=False,
 )  # fmt: skip
 
+READER = dict(
+    d_model=24, encoder_layers=2, decoder_layers=2, encoder_attention_heads=3, decoder_attention_heads=2, encoder_ffn_dim=36,
+    decoder_ffn_dim=28, max_position_embeddings=64, pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2,
+)  # fmt: skip
+T5 = dict(
+    model_type="t5", vocab_size=103, d_model=24, d_kv=10, d_ff=36, num_layers=2, num_decoder_layers=2, num_heads=3,
+    relative_attention_num_buckets=8, relative_attention_max_distance=20, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+)  # fmt: skip
+T5_GATED = T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_decoder_layers=1)
+MT5 = T5 | dict(model_type="mt5", feed_forward_proj="gated-gelu", vocab_size=101)
+UMT5 = T5 | dict(model_type="umt5", feed_forward_proj="gated-gelu", vocab_size=104)
+BART = READER | dict(model_type="bart", vocab_size=105)
+MBART = READER | dict(model_type="mbart", vocab_size=106, scale_embedding=True, forced_eos_token_id=2)
+MARIAN = READER | dict(
+    model_type="marian", vocab_size=107, activation_function="swish", scale_embedding=True, pad_token_id=106, bos_token_id=None,
+    eos_token_id=0, decoder_start_token_id=106, forced_eos_token_id=0,
+)  # fmt: skip
+MARIAN_APART = MARIAN | dict(
+    share_encoder_decoder_embeddings=False, vocab_size=102, decoder_vocab_size=103, pad_token_id=101, decoder_start_token_id=101
+)
+PEGASUS = READER | dict(model_type="pegasus", vocab_size=101, activation_function="relu", scale_embedding=True, pad_token_id=0,
+                        bos_token_id=None, eos_token_id=1, decoder_start_token_id=0)  # fmt: skip
+M2M_100 = READER | dict(model_type="m2m_100", vocab_size=108)
+
 # What a family's random parameters look like: name pattern -> (mean, standard deviation). Matrices that no pattern
 # names get 1.6 / sqrt(inputs), so that activations keep their size and every layer matters.
 SCALES = {
@@ -199,6 +223,14 @@ SCALES |= {"gpt2-inverse": SCALES["gpt2"]} | dict.fromkeys(
     ],
     CLASSIC,
 )  # fmt: skip
+READS = [(r"shared|embed_tokens", 0, 0.4), (r"embed_positions", 0, 0.5), (r"layernorm_embedding.weight", 1.0, 0.2), (r"lm_head", 0, 0.5)]
+SCALES |= dict.fromkeys(["bart", "mbart", "marian", "marian-apart", "pegasus", "m2m_100"], READS) | {
+    "t5": [(r"relative_attention_bias", 0, 1.5), (r"shared", 0, 1.4)],
+}
+SCALES |= dict.fromkeys(
+    ["t5-gated", "mt5", "umt5"],
+    [(r"relative_attention_bias", 0, 1.0), (r"shared", 0, 0.7), (r"lm_head", 0, 0.4), (r"\.[qk]\.weight", 0, 0.15), (r"wo.weight", 0, 0.1)],
+)
 USUAL = [(r"embed_tokens", 0, 0.7), (r"lm_head", 0, 0.5)]
 EVERYWHERE = [(r"(norm|ln_\w+|norms\.\d+).weight", 1.0, 0.2), (r"bias", 0.0, 0.3)]
 
@@ -298,6 +330,34 @@ FOLDERS = {
     "olmo2": dict(config=OLMO2, dtype=torch.bfloat16),
     "mixtral": dict(config=MIXTRAL, dtype=torch.bfloat16, matters=dict(num_experts_per_tok=3)),
     "qwen3_moe": dict(config=QWEN3_MOE, dtype=torch.bfloat16, matters=dict(num_experts_per_tok=2, norm_topk_prob=True)),
+    "t5": dict(
+        config=T5, suite="sources_full", dtype=torch.bfloat16, published=True,
+        matters=dict(relative_attention_max_distance=60, scale_decoder_outputs=False),
+    ),
+    "t5-gated": dict(
+        config=T5_GATED, suite="sources", dtype=torch.bfloat16, shards="20KB", matters=dict(dense_act_fn="relu", scale_decoder_outputs=True)
+    ),
+    "mt5": dict(config=MT5, suite="sources", dtype=torch.float16, matters=dict(dense_act_fn="relu")),
+    "umt5": dict(config=UMT5, suite="sources", dtype=torch.bfloat16, matters=dict(relative_attention_max_distance=60)),
+    "bart": dict(config=BART, suite="sources_full", dtype=torch.bfloat16, matters=dict(activation_function="relu", scale_embedding=True)),
+    "bart-legacy": dict(
+        of="bart", suite="sources_file", dtype=torch.bfloat16, pickled=True,
+        legacy=dict(
+            num_beams=3, length_penalty=2.0, min_length=6, max_length=11, no_repeat_ngram_size=2, early_stopping=True,
+            forced_bos_token_id=0, forced_eos_token_id=2,
+        ),
+    ),
+    "mbart": dict(
+        config=MBART, suite="sources_forced", dtype=torch.bfloat16, file=dict(forced_eos_token_id=2), matters=dict(scale_embedding=False)
+    ),
+    "marian": dict(
+        config=MARIAN, suite="sources_forced", dtype=torch.bfloat16, pickled=True, published=True,
+        file=dict(forced_eos_token_id=0, bad_words_ids=[[106]], num_beams=1, max_length=32),
+        matters=dict(activation_function="relu", scale_embedding=False),
+    ),
+    "marian-apart": dict(config=MARIAN_APART, suite="sources", dtype=torch.bfloat16),
+    "pegasus": dict(config=PEGASUS, suite="sources", dtype=torch.bfloat16, matters=dict(scale_embedding=False)),
+    "m2m_100": dict(config=M2M_100, suite="sources", dtype=torch.bfloat16, matters=dict(scale_embedding=False)),
 }  # fmt: skip
 
 
@@ -306,12 +366,13 @@ def make_checkpoint(name):
     base = recipe.get("of", name)
     settings = dict(FOLDERS[base]["config"])
     config = AutoConfig.for_model(settings.pop("model_type"), **copy.deepcopy(settings))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = kind(config).from_config(config, dtype=torch.float32)
     fill(model, base)
     dtype = recipe.get("dtype", torch.float32)
     model.to(dtype)
     model.config.dtype = dtype
-    special = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in settings}
+    special = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    special = {key: settings[key] for key in special if key in settings}
     model.generation_config = GenerationConfig(**(special | recipe.get("file", {})))
 
     folder = HERE / name
@@ -323,6 +384,10 @@ def make_checkpoint(name):
         pickle(folder)
     if recipe.get("old"):
         age(folder / "config.json")
+    if legacy := recipe.get("legacy"):
+        (folder / "generation_config.json").unlink()
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | legacy, indent=2, sort_keys=True) + "\n")
     for file in folder.iterdir():
         file.chmod(0o644)
 
@@ -331,7 +396,10 @@ def fill(model, base):
     generator = torch.Generator().manual_seed(zlib.crc32(base.encode()))
     scales = SCALES.get(base, USUAL) + EVERYWHERE
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        computed = model.config.model_type in ("marian", "pegasus")  # positions
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            if computed and "embed_positions" in name or not name.endswith((".weight", ".bias", "_bias")):
+                continue
             inputs = parameter.shape[0 if "c_" in name else -1]  # GPT-2's Conv1D has its inputs first
             mean, deviation = next((scale[1:] for scale in scales if re.search(scale[0], name)), (0, 1.6 / math.sqrt(inputs)))
             parameter.copy_(mean + deviation * torch.randn(parameter.shape, generator=generator))
@@ -340,6 +408,19 @@ def fill(model, base):
 def publish(folder, model):
     """The file as it is published: no prefix, or OPT's shorter one, and the causal masks that old versions of GPT-2 stored."""
     path = folder / "model.safetensors"
+    if model.config.model_type == "t5":
+        tensors = load_file(path)
+        for stack in ["encoder", "decoder"]:
+            tensors[f"{stack}.embed_tokens.weight"] = tensors["shared.weight"].clone()
+        tensors["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.ones(8, 3)  # means nothing
+        return save_file(tensors, path, metadata={"format": "pt"})
+    if model.config.model_type == "marian":
+        tensors = load_file(path)
+        for stack in ["encoder", "decoder"]:
+            tensors[f"model.{stack}.embed_tokens.weight"] = tensors["model.shared.weight"].clone()
+            tensors[f"model.{stack}.embed_positions.weight"] = getattr(model.model, stack).embed_positions.weight.detach().clone()
+        tensors["lm_head.weight"] = tensors["model.shared.weight"].clone()
+        return save_file(tensors, path, metadata={"format": "pt"})
     prefix = "model." if model.config.model_type == "opt" else "transformer."
     tensors = {name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}
     if model.config.model_type == "gpt2":
@@ -361,7 +442,7 @@ def pickle(folder):
             for name, tensor in tensors.items():
                 tensors[name] = joined[at : at + tensor.numel()].view(tensor.shape)
                 at += tensor.numel()
-        elif path == paths[0]:
+        elif path == paths[0] and "transformer.h.0.ln_1.weight" in tensors:
             tensors["transformer.h.0.attn.bias"] = torch.tril(torch.ones(4, 4, dtype=torch.bool)).view(1, 1, 4, 4)
             tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
         name = path.name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
@@ -397,14 +478,15 @@ def age(path):
 def sensitive(folder, oracle):
     """Each setting in `matters` must change the logits, or the fixture could not tell whether it is honoured."""
     ids = torch.tensor([random.Random(folder).choices(range(4, oracle.vocab - 1), k=40)])
+    more = dict(decoder_input_ids=ids.flip(1)) if oracle.reads else {}
     with torch.no_grad():
-        logits = oracle.model(ids).logits
+        logits = oracle.model(ids, **more).logits
         for key, value in FOLDERS[folder].get("matters", {}).items():
             config = AutoConfig.from_pretrained(HERE / folder)
             setattr(config, key, value)
-            other = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=oracle.attention).eval()
+            other = kind(config).from_config(config, dtype=torch.float32, attn_implementation=oracle.attention).eval()
             other.load_state_dict(oracle.model.state_dict(), strict=False)
-            change = (other(ids).logits - logits).abs().max().item()
+            change = (other(ids, **more).logits - logits).abs().max().item()
             assert change > 0.01, f"{folder}: {key} = {value} changes logits by {change}"
 
 

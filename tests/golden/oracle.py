@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, LogitsProcessor
 
 GAP = 1e-4  # between the two best scores of a greedy step
 NOISE = 2e-5  # what may happen to a logit in another order of summation
@@ -22,10 +22,12 @@ class Refused(Exception):
 
 
 class Row:
-    """What one prompt gave: tokens, processed scores and raw logits as (steps, vocabulary), the reason it ended."""
+    """What one prompt gave: tokens, processed scores and raw logits as (steps, vocabulary), the reason it ended.
 
-    def __init__(self, prompt, tokens, scores, logits, finish):
-        self.prompt, self.tokens, self.scores, self.logits, self.finish = prompt, tokens, scores, logits, finish
+    `begin` are the ids that the tokens follow: the prompt, or what the decoder began with."""
+
+    def __init__(self, prompt, begin, tokens, scores, logits, finish):
+        self.prompt, self.begin, self.tokens, self.scores, self.logits, self.finish = prompt, begin, tokens, scores, logits, finish
 
     def same(self, other):
         return self.tokens == other.tokens and self.scores.shape == other.scores.shape and np.array_equal(self.scores, other.scores)
@@ -38,7 +40,11 @@ def load(folder, attention):
         config.rope_theta = rope.pop("rope_theta")
         config.rope_scaling = None if rope["rope_type"] == "default" else rope
     options = {"torch_dtype": torch.float32} if old else {"dtype": torch.float32, "experts_implementation": "eager"}
-    return AutoModelForCausalLM.from_pretrained(folder, config=config, attn_implementation=attention, **options).eval()
+    return kind(config).from_pretrained(folder, config=config, attn_implementation=attention, **options).eval()
+
+
+def kind(config):
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 class Oracle:
@@ -47,6 +53,7 @@ class Oracle:
         self.model = load(folder, attention)
         self.exact = copy.deepcopy(self.model).double()
         self.tokenizer = tokenizer
+        self.reads = self.model.config.is_encoder_decoder  # prompts by an encoder
         self.vocab = self.model.config.vocab_size
         # Whether angles follow the length of a row: its logits are then not those of one uncached pass.
         self.follows = (getattr(self.model.config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope")
@@ -54,30 +61,47 @@ class Oracle:
     def draws(self, fields):
         return bool(fields.get("do_sample", self.model.generation_config.do_sample))
 
+    def begin(self, prompt, fields):
+        """What the generated ids of a prompt follow."""
+        if not self.reads:
+            return prompt
+        [start] = listed(fields.get("decoder_start_token_id", self.model.generation_config.decoder_start_token_id))
+        [begin] = fields.get("decoder_input_ids", [[]])
+        return begin if begin[:1] == [start] else [start, *begin]
+
     def generate(self, prompts, fields):
-        """`prompts` of unequal lengths are padded on the left."""
+        """`prompts` of unequal lengths are padded: on the left, or for an encoder on the right."""
         width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        config = GenerationConfig(**copy.deepcopy(fields), return_dict_in_generate=True, output_scores=True, output_logits=True)
+        pad = (lambda row: row + [0] * (width - len(row))) if self.reads else (lambda row: [0] * (width - len(row)) + row)
+        ids = torch.tensor([pad(prompt) for prompt in prompts])
+        mask = torch.tensor([pad([1] * len(prompt)) for prompt in prompts])
+        begins = [self.begin(prompt, self.own(fields, index)) for index, prompt in enumerate(prompts)]
+        config, arguments = arguments_of(fields, len(prompts))
+        config = GenerationConfig(**config, return_dict_in_generate=True, output_scores=True, output_logits=True)
         torch.manual_seed(0)
         with torch.no_grad():
             if self.follows:
                 self.model(ids[:1, -1:])  # one token makes the model forget the lengths of earlier calls
-            output = self.model.generate(ids, attention_mask=mask, generation_config=config, tokenizer=self.tokenizer)
+            output = self.model.generate(ids, attention_mask=mask, generation_config=config, tokenizer=self.tokenizer, **arguments)
         eos = self.eos(fields)
         rows = []
         for index, prompt in enumerate(prompts):
-            tokens = output.sequences[index, width:].tolist()
+            tokens = output.sequences[index, len(begins[index]) if self.reads else width :].tolist()
             end = next((step + 1 for step, token in enumerate(tokens) if token in eos), len(tokens))
             stack = lambda steps: np.array([step[index].numpy() for step in steps[:end]])
             stopped = "stop_strings" in fields and end < fields.get("max_new_tokens", 0)
             finish = "eos" if tokens[end - 1] in eos else "stop_string" if stopped else "length"
-            rows.append(Row(prompt, tokens[:end], stack(output.scores), stack(output.logits), finish))
+            rows.append(Row(prompt, begins[index], tokens[:end], stack(output.scores), stack(output.logits), finish))
         return rows
 
     def alone(self, prompts, fields):
-        return [self.generate([prompt], fields)[0] for prompt in prompts]
+        return [self.generate([prompt], self.own(fields, index))[0] for index, prompt in enumerate(prompts)]
+
+    def own(self, fields, index):
+        """The fields of one prompt: of those that have a value for each, its own."""
+        own = lambda value: [value[index]] if len(value) > 1 else value
+        each = ("decoder_start_token_id", "decoder_input_ids")
+        return {key: own(value) if key in each and isinstance(value, list) else value for key, value in fields.items()}
 
     def eos(self, fields):
         eos = fields.get("eos_token_id", self.model.generation_config.eos_token_id)
@@ -105,8 +129,9 @@ class Oracle:
         if self.follows:
             return self.forced_logits(row, fields)
         with torch.no_grad():
-            ids = torch.tensor([row.prompt + row.tokens[:-1]])
-            return self.exact(ids, use_cache=False).logits[0, len(row.prompt) - 1 :].numpy()
+            ids = torch.tensor([row.begin + row.tokens[:-1]])
+            inputs = dict(input_ids=torch.tensor([row.prompt]), decoder_input_ids=ids) if self.reads else dict(input_ids=ids)
+            return self.exact(**inputs, use_cache=False).logits[0, len(row.begin) - 1 :].numpy()
 
 
     def forced_logits(self, row, fields):
@@ -121,6 +146,20 @@ class Oracle:
             output = self.exact.generate(ids, generation_config=config, logits_processor=[force])
         assert output.sequences[0].tolist() == row.prompt + row.tokens
         return np.array([step[0].numpy() for step in output.logits])
+
+
+def listed(value):
+    return value if isinstance(value, list) else [value]
+
+
+def arguments_of(fields, count):
+    """Fields of GenerationConfig, and those that are arguments of generate() there, for so many prompts."""
+    fields, arguments = copy.deepcopy(fields), {}
+    if begins := fields.pop("decoder_input_ids", None):
+        arguments["decoder_input_ids"] = torch.tensor(begins if len(begins) == count else begins * count)
+    if negative := fields.pop("negative_prompt_ids", None):
+        arguments["negative_prompt_ids"] = torch.tensor([negative])
+    return fields, arguments
 
 
 class Force(LogitsProcessor):
@@ -153,7 +192,10 @@ def record(oracle, family, case):
 
 
 def greedy_path(oracle, prompt):
-    path = oracle.generate([prompt], dict(do_sample=False, max_new_tokens=16, min_new_tokens=16))[0].tokens
+    fields = dict(do_sample=False, num_beams=1, max_new_tokens=16, min_new_tokens=16)
+    if oracle.reads:
+        fields |= dict(repetition_penalty=1.6)  # the tiny ones soon say one thing only
+    path = oracle.generate([prompt], fields)[0].tokens
     if len(set(path)) < 9:
         raise Refused("dull path")
     return path
@@ -204,12 +246,13 @@ def by_hand(oracle, fields, row):
     """Processes raw logits in a few lines of numpy, if no other field than these is set, and compares."""
     known = ["sequence_bias", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "min_new_tokens", "suppress_tokens"]
     known += ["max_new_tokens", "eos_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p", "renormalize_logits"]
-    fields = {key: value for key, value in oracle.model.generation_config.to_diff_dict().items() if key in known} | fields
-    if fields.keys() - set(known):
+    file = oracle.model.generation_config.to_diff_dict()
+    fields = {key: value for key, value in file.items() if key in known} | fields
+    if fields.keys() - {*known, "num_beams"} or file.keys() & {"forced_bos_token_id", "forced_eos_token_id", "min_length"}:
         return
     drawn = oracle.draws(fields)
     for step, logits in enumerate(row.logits.astype(np.float64)):
-        seen, scores = row.prompt + row.tokens[:step], logits.copy()
+        seen, scores = row.begin + row.tokens[:step], logits.copy()
         for ids, bias in fields.get("sequence_bias", []):
             if seen[len(seen) - len(ids) + 1 :] == ids[:-1]:
                 scores[ids[-1]] += bias

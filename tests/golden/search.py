@@ -23,7 +23,6 @@ the outcome; otherwise the next prompts of the case's own random sequence are tr
 A new mode is a function that yields cases, and its place in MODES.
 """
 
-import copy
 import json
 import random
 import re
@@ -36,11 +35,11 @@ import torch
 import transformers
 from cases import Case
 from contrasts import contrastive, dola, guidance
-from oracle import Oracle, Refused, best, greedy_path
+from oracle import Oracle, Refused, arguments_of, best, greedy_path
 from transformers import GenerationConfig
 
 HERE = Path(__file__).resolve().parent
-FOLDERS = ["gpt2", "llama", "qwen2", "gemma2"]
+FOLDERS = ["gpt2", "llama", "qwen2", "gemma2", "t5", "bart", "bart-legacy", "marian"]
 TRIES = 200
 TOLERANCE = 5e-5  # of a score under noise
 
@@ -209,10 +208,64 @@ def forced_phrases():
     yield forced("no_repeat_ngram_size", [6], [[50, 61], [72]], dict(no_repeat_ngram_size=2, max_new_tokens=12), alphabet=4)
 
 
+def translated():
+    """Beams over the states of an encoder."""
+
+    def beam(name, rows, fields=None, idle=(), num_beams=4, **more):
+        def all_fields(path, prompt):
+            own = fields(path, prompt) if callable(fields) else fields or {}
+            return dict(num_beams=num_beams, max_new_tokens=10, num_return_sequences=num_beams) | own
+
+        return Case(name, rows, all_fields, idle=["num_return_sequences", "num_beams", *idle], **more)
+
+    two = lambda p: [p[2], p[5]]
+    yield beam("batch", [3, 17, 1, 9])
+    yield beam("as_the_file_says", [8, 5], dict(num_beams=None, max_new_tokens=None, num_return_sequences=1))
+    yield beam(
+        "translation", [6, 12], lambda p, _: dict(early_stopping=True, no_repeat_ngram_size=3, eos_token_id=two(p), max_new_tokens=14),
+        idle=["no_repeat_ngram_size", "early_stopping"], num_beams=5,
+    )  # fmt: skip
+    yield beam("length_penalty", [6, 9], lambda p, _: dict(eos_token_id=two(p), length_penalty=-1.0, max_new_tokens=12))
+    yield beam(
+        "processed", [9, 6],
+        lambda p, _: dict(encoder_repetition_penalty=1.4, repetition_penalty=1.2, forced_bos_token_id=p[4], min_length=5, eos_token_id=two(p)),
+        idle=["min_length"],
+    )  # fmt: skip
+    yield beam("decoder_input_ids", [6, 4, 9], lambda p, _: dict(decoder_input_ids=[p[1:4], p[2:5], p[5:8]]))
+    yield beam("encoder_no_repeat_ngram_size", [9, 5], dict(encoder_no_repeat_ngram_size=1))
+
+
+def translated_otherwise():
+    """The modes of 4.55.4."""
+
+    def case(name, rows, own, fields, idle=(), **more):
+        made = lambda part, path: part(path) if callable(part) else part
+        all_fields = lambda path, _: dict(max_new_tokens=10) | fields | made(own, path)
+        return Case(name, rows, all_fields, idle=["num_return_sequences", "top_k", *idle], **more)
+
+    groups = dict(num_beams=4, num_beam_groups=2, diversity_penalty=1.5, num_return_sequences=4)
+    yield case("diverse_batch", [3, 17, 1, 9], {}, groups)
+    yield case("diverse_eos", [6, 3], lambda p: dict(eos_token_id=[p[2], p[5]], length_penalty=2.0), groups, idle=["length_penalty"])
+    words = dict(num_beams=4, num_return_sequences=4)
+    yield case("forced_batch", [3, 17, 9], dict(force_words_ids=[[50, 61], [72]]), words)
+    yield case("forced_eos", [6, 4], lambda p: dict(force_words_ids=[[[50, 61], [43]]], eos_token_id=[p[2], p[5]]), words)
+    states = dict(penalty_alpha=0.6, top_k=4)
+    yield case("contrastive_batch", [3, 17, 1, 9], {}, states)
+    yield case("contrastive_long", [12], dict(max_new_tokens=30), states)
+    yield case("contrastive_eos", [6, 3], lambda p: dict(eos_token_id=p[0:6:2], max_new_tokens=20), states)
+    yield case("contrastive_processed", [9, 6], lambda p: dict(repetition_penalty=1.3, suppress_tokens=[p[0]]), states)
+
+
 # By version and file.
 MODES = {
     "5.23.0": {"search.jsonl": [beams], "guidance.jsonl": [guidance]},
     "4.55.4": {"search-4.55.4.jsonl": [diverse_beams, forced_phrases], "contrasts-4.55.4.jsonl": [contrastive, dola]},
+}
+
+# Of folders whose models have an encoder.
+READERS = {
+    "5.23.0": {"search.jsonl": [translated]},
+    "4.55.4": {"search-4.55.4.jsonl": [translated_otherwise]},
 }
 
 # 4.55.4 finds no layer in the lower half of three with a tied head, and fails.
@@ -223,11 +276,10 @@ class Found:
     """What a search made of one prompt."""
 
     def __init__(self, oracle, prompt, fields):
-        fields, more = dict(fields), {}
-        if "negative_prompt_ids" in fields:
-            more = dict(negative_prompt_ids=torch.tensor([fields.pop("negative_prompt_ids")]))
+        begin = oracle.begin(prompt, fields)
+        fields, more = arguments_of(fields, 1)
         self.drawn = fields.get("do_sample", False)
-        config = GenerationConfig(**copy.deepcopy(fields), return_dict_in_generate=True, output_scores=True)
+        config = GenerationConfig(**fields, return_dict_in_generate=True, output_scores=True)
         ids = torch.tensor([prompt])
         with torch.no_grad():
             output = oracle.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, **more)
@@ -238,7 +290,7 @@ class Found:
         # 4.55.4 mixes up the indices of groups, and its constrained beams have none worth keeping.
         indices = output.get("beam_indices") if transformers.__version__ == "5.23.0" else None
         self.indices = None if indices is None else [[beam for beam in row if beam >= 0] for row in indices.tolist()]
-        for rank, tokens in enumerate(output.sequences[:, len(prompt) :].tolist()):
+        for rank, tokens in enumerate(output.sequences[:, len(begin) :].tolist()):
             # What follows is padding.
             end = next((step + 1 for step, token in enumerate(tokens) if token in eos), len(tokens))
             self.sequences.append(tokens[: len(self.indices[rank]) if self.indices else end])
@@ -281,7 +333,7 @@ def record(oracle, folder, case):
 
 
 def checked(oracle, case, prompts, fields):
-    run = lambda fields: [Found(oracle, prompt, fields) for prompt in prompts]
+    run = lambda fields: [Found(oracle, prompt, oracle.own(fields, index)) for index, prompt in enumerate(prompts)]
     found = run(fields)
     for field in fields.keys() - {"max_new_tokens", "max_length", *case.idle}:
         without = {key: value for key, value in fields.items() if key != field}
@@ -324,7 +376,7 @@ def main(folders):
     torch.use_deterministic_algorithms(True)
     for folder in folders or FOLDERS:
         oracle = Oracle(HERE / folder)
-        for name, modes in MODES[version].items():
+        for name, modes in (READERS if oracle.reads else MODES)[version].items():
             cases = [case for mode in modes for case in mode() if (folder, case.name) not in IMPOSSIBLE]
             lines = [record(oracle, folder, case) for case in cases]
             (HERE / folder / name).write_text("".join(line + "\n" for line in lines))

@@ -548,6 +548,30 @@ mod tests {
     }
 
     #[test]
+    fn a_source_is_read_as_its_own_tokens_read_it() {
+        let mut case = Case::new(6, 2, 20, 0);
+        case.attention.sight = Sight::Full;
+        for count in [1, 35, 300] {
+            let tokens = case.tokens(count, 9);
+            let whole = case.feed(&tokens, &[count]);
+            for (ours, exact) in whole.iter().zip(case.reference(&tokens)) {
+                assert!((f64::from(*ours) - exact).abs() < 1e-5, "{ours} for {exact}");
+            }
+            let part = |columns: Range<usize>| {
+                let data = tokens.chunks(case.width()).flat_map(|token| &token[columns.clone()]).copied().collect();
+                Act { data, width: columns.len() }
+            };
+            let (ops, mut store) = (CpuOps { level: case.level }, case.store());
+            ops.fill(&case.attention, 1, &part(120..200), &mut [Span { first: 0, count, store: &mut store }]).unwrap();
+            store.grow(count);
+            let queries = part(0..120);
+            assert!(ops.cross(&case.attention, 1, &queries, &[Span { first: 0, count, store: &store }]).unwrap().data == whole);
+            let rows = [Span { first: 0, count: 0, store: &store }, Span { first: 0, count, store: &store }];
+            assert!(ops.cross(&case.attention, 1, &queries, &rows).unwrap().data == whole);
+        }
+    }
+
+    #[test]
     fn forks_go_their_own_ways() {
         let case = Case::new(4, 2, 8, 4);
         let (stem, left, right) = (case.tokens(21, 1), case.tokens(4, 2), case.tokens(4, 3));
