@@ -81,7 +81,6 @@ TYPES = ["full_attention", "sliding_attention", "sliding_attention", "full_atten
 # Rotary positions in each way to write them; 4.x has `rope_scaling`, 5.x `rope_parameters`.
 THETAS = {
     "theta": dict(rope_theta=500.0),
-    "theta, integer": dict(rope_theta=500000),
     "null scaling": dict(rope_theta=500.0, rope_scaling=None),
     "empty scaling": dict(rope_theta=500.0, rope_scaling={}),
     "theta inside": dict(rope_parameters=dict(rope_type="default", rope_theta=500.0)),
