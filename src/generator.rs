@@ -190,6 +190,9 @@ impl Generator {
             Context::Soft(len) => Some(format!("the model was made for {len} positions; a longer row runs on, with no promise of sense")),
             Context::Hard(len) => Some(format!("the model has {len} positions; a call that needs more is refused")),
         });
+        if let Context::Hard(len) = info.source_context {
+            explanation.notes.push(format!("the encoder has {len} positions; a longer source is refused"));
+        }
         Ok(explanation)
     }
 

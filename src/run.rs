@@ -258,7 +258,10 @@ impl Run {
     // Computes each prompt once, then forks it into its rows.
     fn start(&mut self, admitted: Vec<Waiting>) -> Result<()> {
         let starts: Vec<_> = admitted.iter().map(|waiting| (waiting.start(&self.plan), &waiting.tokens[..])).collect();
+        let clock = Instant::now();
         let caches = prefix::start(self.prefix(), self.setting.model.as_ref(), &starts)?;
+        // An encoder has read the sources.
+        self.timings.forward += clock.elapsed();
         let mut fresh = Vec::with_capacity(admitted.len());
         let guides: Vec<_> = admitted.iter().filter_map(|waiting| waiting.guide_start(&self.plan)).collect();
         let mut guides = search::start(self.setting.model.as_ref(), &guides)?.into_iter();

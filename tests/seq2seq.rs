@@ -209,7 +209,8 @@ fn what_cannot_be_is_refused() {
     refused(t5.generate(source(), &greedy().decoder_start_token_id(OneOrMany::Many(vec![1, 2]))), "config", "decoder_start_token_id");
     refused(t5.generate(source(), &greedy().decoder_input_ids([vec![103]])), "config", "decoder_input_ids");
     refused(llama.generate(source(), &greedy().decoder_input_ids([vec![5]])), "config", "a decoder-only model continues its prompt");
-    refused(t5.generate(source(), &greedy().token_healing(true)), "unsupported", "token_healing of an encoder-decoder model");
+    let dates = Generator::from_pretrained(folder()).unwrap();
+    refused(dates.generate("date: 1", &greedy().token_healing(true)), "unsupported", "token_healing of an encoder-decoder model");
     refused(t5.generate(source(), &greedy().guidance_scale(1.5)), "unsupported", "guidance_scale with encoder-decoder models");
     refused(
         t5.generate(source(), &GenerationConfig::new().dola_layers(DolaLayers::Low)),

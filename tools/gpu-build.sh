@@ -17,7 +17,7 @@ install() { # kind name path
     case $1 in lib) name=unit ;; bench) name=bench-$2 ;; esac
     strip -o "$out/bin/$name" "$3"
 }
-binaries test --lib --tests | while read -r line; do install $line; done
+binaries test --lib --test golden --test laws --test search --test seq2seq --test devices | while read -r line; do install $line; done
 binaries bench --benches | while read -r kind name path; do install bench "$name" "$path"; done
 cargo build --release --features cuda --example generate --message-format=json |
     sed -nE 's/.*"kind":\["example"\].*"executable":"([^"]+)".*/\1/p' | xargs -I{} strip -o "$out/bin/generate" {}
