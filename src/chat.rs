@@ -33,6 +33,7 @@ const FILE: u64 = 1 << 28;
 /// ```
 /// use candle_generate::{GenerationConfig, Generator};
 ///
+/// # #[cfg(feature = "chat")] {
 /// let mut chat = Generator::from_pretrained("examples/models/storyteller")?.chat();
 /// let config = GenerationConfig::greedy();
 /// assert_eq!(chat.send("Hello!", &config)?.text(), "Good day! Shall I tell you a story?");
@@ -44,6 +45,7 @@ const FILE: u64 = 1 << 28;
 ///
 /// // The last answer again, this time drawn.
 /// chat.regenerate(&GenerationConfig::sampling().seed(7))?;
+/// # }
 /// # Ok::<(), candle_generate::Error>(())
 /// ```
 #[derive(Clone)]
@@ -58,12 +60,14 @@ impl Generator {
     /// ```
     /// use candle_generate::{Generator, Message};
     ///
+    /// # #[cfg(feature = "chat")] {
     /// let generator = Generator::from_pretrained("examples/models/storyteller")?;
     /// let system = Message::system("You are a storyteller.");
     /// // Read once, whoever comes to talk.
     /// let prepared = generator.prefix([system.clone()])?;
     /// let mut chat = prepared.chat();
     /// chat.push(system);
+    /// # }
     /// # Ok::<(), candle_generate::Error>(())
     /// ```
     pub fn chat(&self) -> Chat {
@@ -77,10 +81,12 @@ impl Chat {
     /// ```
     /// use candle_generate::{FinishReason, GenerationConfig, Generator};
     ///
+    /// # #[cfg(feature = "chat")] {
     /// let mut chat = Generator::from_pretrained("examples/models/storyteller")?.chat();
     /// let output = chat.send("Hello!", &GenerationConfig::greedy())?;
     /// assert_eq!(output.sequences[0].finish, FinishReason::Eos);
     /// assert_eq!(chat.messages()[1].content(), Some(output.text()));
+    /// # }
     /// # Ok::<(), candle_generate::Error>(())
     /// ```
     ///
@@ -229,11 +235,13 @@ impl fmt::Debug for Chat {
 /// ```
 /// use candle_generate::{GenerationConfig, Generator};
 ///
+/// # #[cfg(feature = "chat")] {
 /// let mut chat = Generator::from_pretrained("examples/models/storyteller")?.chat();
 /// for piece in chat.stream("Tell me a story about a fox.", &GenerationConfig::greedy())?.take(5) {
 ///     print!("{}", piece?.text);
 /// }
 /// assert_eq!(chat.messages().len(), 2);
+/// # }
 /// # Ok::<(), candle_generate::Error>(())
 /// ```
 #[must_use = "an answer is generated as it is read"]

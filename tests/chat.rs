@@ -1,4 +1,5 @@
 //! Beginnings that are computed once: whatever is reused, results are those of a generator that knows nothing of them.
+#![cfg(feature = "chat")]
 
 use candle_generate::{
     Cache, CancelToken, Chat, Error, Feed, FinishReason, Forward, GenerationConfig, Generator, History, LogitsProcessor, Message, Messages,
