@@ -243,19 +243,20 @@ class Bench:
                 return
             here = (before + self.bandwidth()) / 2
             disturbed = reading and here < DISTURBED * self.upper()
-            if not disturbed or measure == "long":
+            if taken and (not disturbed or measure == "long"):
                 break
         for figure, (value, unit, steps) in taken.items():
             entry = figures.setdefault(figure, {}).setdefault(worker.name, {"values": [], "shares": [], "disturbed": 0, "unit": unit})
             entry["values"].append(value)
             entry["disturbed"] += disturbed
-            if steps:
+            # The storyteller is in the caches.
+            if steps and weights > 1 << 27:
                 # What a step reads: the weights, and each row's keys and values so far.
                 read = weights + rows * position * (length + new / 2)
                 entry["shares"].append(steps * read / here)
 
     def call(self, measure: str, worker: Worker, prompts: list, new: int, weights: int, position: int) -> dict:
-        """{figure: (value, unit, steps a second or None)}"""
+        """{figure: (value, unit, steps a second or None)}; empty where times make no sense, on a machine with much else to do."""
         title, rows, length, search, lanes, _ = MEASURES[measure]
         if measure == "long":
             answer = worker.ask(prompts=prompts, new=33, search=search)
@@ -266,10 +267,13 @@ class Bench:
                 "decode at 8,192": (steps, "tokens/s", steps),
                 "memory, prefill of 8,192": ((answer["peak"] - worker.hello["before"]) / whole, "x weights + cache", None),
             }
-        one = worker.ask(prompts=prompts, new=1, search=search)["seconds"]
         if measure == "prefill":
-            return {title: (length / one, "tokens/s", None)}
+            return {title: (length / worker.ask(prompts=prompts, new=1, search=search)["seconds"], "tokens/s", None)}
         all = worker.ask(prompts=prompts, new=new + 1, search=search)
+        # Not everybody says when a search with several hypotheses had its first tokens.
+        one = all["first"] if search == "greedy" else worker.ask(prompts=prompts, new=1, search=search)["seconds"]
+        if one >= all["seconds"]:
+            return {}
         steps = new / (all["seconds"] - one)
         taken = {title: (lanes * steps, "tokens/s", steps if search == "greedy" else None)}
         if measure == "rows":
@@ -290,13 +294,13 @@ class Bench:
                     answer = ours.ask(prompts=prompts, new=new + 1, search=search, timed=True)
                     note(f"outside, {search}", 1 - answer["forward"] / (answer["seconds"] - answer["first"]))
             if "products" in self.options.measures:
-                one = ours.ask(prompts=prompts, new=1, search="greedy")["seconds"]
-                all = ours.ask(prompts=prompts, new=new + 1, search="greedy")["seconds"]
+                answer = ours.ask(prompts=prompts, new=new + 1, search="greedy")
+                steps = new / (answer["seconds"] - answer["first"])
                 config = json.loads((self.peers.folder / "checkpoints" / f"{model}-{dtype}" / "config.json").read_text())
                 products = self.probe.ask(products={"matrices": matrices(config), "half": dtype == "bf16"})["value"]
-                note("rate", new / (all - one))
+                note("rate", steps)
                 note("products", 1 / products)
-                note("of products", products * new / (all - one))
+                note("of products", products * steps)
             if "callers" in self.options.measures:
                 one = ours.ask(prompts=prompts, new=new, search="greedy")["seconds"]
                 four = ours.ask(prompts=prompts, new=new, search="greedy", callers=4)["seconds"]

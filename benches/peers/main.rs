@@ -134,7 +134,8 @@ impl Memory {
     fn now() -> Result<Self> {
         let status = fs::read_to_string("/proc/self/status")?;
         let field = |name: &str| -> Result<u64> {
-            let line = status.lines().find_map(|line| line.strip_prefix(name)).with_context(|| format!("no {name} in /proc/self/status"))?;
+            let line =
+                status.lines().find_map(|line| line.strip_prefix(name)).with_context(|| format!("no {name} in /proc/self/status"))?;
             Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
         };
         Ok(Self { resident: field("VmRSS:")?, peak: field("VmHWM:")? })

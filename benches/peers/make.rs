@@ -21,6 +21,9 @@ const QWEN: Shape = Shape {
     biases: true,
 };
 
+/// The token that begins and ends texts of random models.
+const END: &str = "<|endoftext|>";
+
 /// Writes the checkpoint of a name, whose weights are `f32` or `bf16`.
 pub fn checkpoint(name: &str, dtype: &str, folder: &Path) -> Result<()> {
     let half = match dtype {
@@ -40,13 +43,15 @@ pub fn checkpoint(name: &str, dtype: &str, folder: &Path) -> Result<()> {
 fn random(shape: &Shape, half: bool, folder: &Path) -> Result<()> {
     shape.write(folder, half)?;
     fs::write(folder.join("tokenizer.json"), tokenizer(shape.vocab)?)?;
+    let config = json!({ "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "unk_token": END });
+    fs::write(folder.join("tokenizer_config.json"), config.to_string())?;
     Ok(())
 }
 
 /// The storyteller, whose file is bf16; its tokenizer is too.
 fn storyteller(half: bool, folder: &Path) -> Result<()> {
     let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/storyteller");
-    for name in ["config.json", "tokenizer.json"] {
+    for name in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
         fs::copy(from.join(name), folder.join(name))?;
     }
     let dtype = if half { DType::BF16 } else { DType::F32 };
@@ -61,7 +66,7 @@ fn tokenizer(size: usize) -> Result<String> {
     let bytes = letters();
     let mut vocab = Map::new();
     let mut merges = Vec::new();
-    for token in ["<|endoftext|>".to_owned()].into_iter().chain(bytes.iter().map(char::to_string)) {
+    for token in [END.to_owned()].into_iter().chain(bytes.iter().map(char::to_string)) {
         vocab.insert(token, json!(vocab.len()));
     }
     let mut pairs: Vec<String> = Vec::new();
@@ -81,7 +86,7 @@ fn tokenizer(size: usize) -> Result<String> {
     ensure!(vocab.len() == size, "{} tokens instead of {size}", vocab.len());
     let bytes = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
     let end = json!({
-        "id": 0, "content": "<|endoftext|>", "special": true, "normalized": false, "lstrip": false, "rstrip": false, "single_word": false,
+        "id": 0, "content": END, "special": true, "normalized": false, "lstrip": false, "rstrip": false, "single_word": false,
     });
     let model = json!({ "type": "BPE", "vocab": vocab, "merges": merges });
     Ok(json!({ "version": "1.0", "added_tokens": [end], "pre_tokenizer": bytes, "decoder": bytes, "model": model }).to_string())

@@ -106,8 +106,7 @@ class CTranslate2:
         tokens = [[self.vocabulary[id] for id in row] for row in prompts]
         options = {"beam_size": 4 if search == "beams" else 1, "max_length": new, "min_length": new, "end_token": []}
         start, first = time.perf_counter(), []
-        # A call for each token only where prompts are long and answers short.
-        if search == "greedy" and len(prompts[0]) > 4096:
+        if search == "greedy":
             options["callback"] = lambda _: first.append(time.perf_counter() - start)
         rows = self.generator.generate_batch(tokens, include_prompt_in_result=False, sampling_topk=1, **options)
         seconds = time.perf_counter() - start

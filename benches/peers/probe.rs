@@ -82,7 +82,6 @@ fn peak(set: Set, threads: usize) -> f64 {
 fn products<W: Weight>(set: Set, matrices: &[(usize, usize)], threads: usize, convert: impl Fn(f32) -> W) -> f64 {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let panel = WIDE * set.lanes();
-    // Panels of a matrix of 576 outputs may be one and a half times as wide as a thread's share: the last one is cut to registers.
     let packed: Vec<(Vec<W>, usize, usize)> = matrices
         .iter()
         .map(|&(outputs, inputs)| {

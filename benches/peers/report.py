@@ -9,8 +9,8 @@ SHOWN = ["prefill of 512", "decode", "four rows", "four beams"]
 ALONE = {
     "outside, greedy": ("outside the forward pass, greedy", "{:.2%}"),
     "outside, sample": ("outside it, `top_k` 50, `top_p` 0.95, `repetition_penalty` 1.1", "{:.2%}"),
-    "rate": ("decode, tokens/s", "{:,.0f}"),
-    "products": ("its matrix products alone, steps/s", "{:,.0f}"),
+    "rate": ("decode, tokens/s", "{:,.1f}"),
+    "products": ("its matrix products alone, steps/s", "{:,.1f}"),
     "of products": ("the first over the second", "{:.2f}"),
     "four at once": ("four calls at once, their tokens/s over one's", "{:.2f}"),
 }
@@ -19,10 +19,12 @@ ALONE = {
 def markdown(results: dict) -> str:
     machine, versions = results["machine"], results["versions"]
     plural = "core" if machine["threads"] == 1 else "cores"
+    long = any("decode at 8,192" in group["figures"] for group in results["groups"])
+    few = ", two at 8,192 positions" if long and results["turns"] > 2 else ""
     lines = [
         f"## {machine['date']}, {machine['threads']} {plural} of {machine['processor']}",
         "",
-        f"Flags: {', '.join(machine['flags'])}. {machine['threads']} threads for every engine; medians of {results['turns']} turns. "
+        f"Flags: {', '.join(machine['flags'])}. {machine['threads']} threads for every engine; medians of {results['turns']} turns{few}. "
         f"Commit {machine['commit']}, {machine['rust']}, Linux {machine['kernel']}.",
         "",
         f"Read bandwidth, best way to read, before and after each sample: {spread(machine['bandwidth'])} GB/s. "
