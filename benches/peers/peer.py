@@ -118,8 +118,6 @@ class LlamaCpp:
         import llama_cpp
 
         self.version, self.lib, self.file, self.threads = llama_cpp.__version__, llama_cpp, os.path.join(folder, "model.gguf"), threads
-        self.quiet = llama_cpp.llama_log_callback(lambda *_: None)
-        llama_cpp.llama_log_set(self.quiet, None)
         llama_cpp.llama_backend_init()
         self.context, self.room = None, (0, 0)
 
