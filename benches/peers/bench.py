@@ -5,6 +5,7 @@ that nothing of theirs runs in its time.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -52,8 +53,9 @@ class Worker:
     hello: dict = field(init=False)
 
     def __post_init__(self) -> None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         with open(self.log, "a") as log:
-            self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=self.environment)
+            self.process = subprocess.Popen(self.command, **pipes, stderr=log, env=self.environment, preexec_fn=follow)
         self.hello = self.answer()
 
     def ask(self, **request) -> dict:
@@ -315,6 +317,12 @@ class Bench:
     def upper(self) -> float:
         """What the memory gives when nobody disturbs it."""
         return statistics.quantiles(self.readings, n=10)[-1]
+
+
+def follow() -> None:
+    """Has the kernel kill this process when its parent dies: one that is stopped would stay for ever."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def ids(rows: int, length: int, vocab: int) -> list[list[int]]:
