@@ -34,21 +34,24 @@ fn modes(generator: &Generator) -> Vec<(&'static str, GenerationConfig)> {
     let new = GenerationConfig::new;
     let phrases = vec![vec![vec![50, 61]], vec![vec![72], vec![43, 44]]];
     let forced = Strategy::ConstrainedBeam { num_beams: 3, force_words_ids: phrases, force_words: Vec::new() };
-    vec![
+    let mut modes = vec![
         ("greedy", GenerationConfig::greedy().repetition_penalty(1.2)),
         ("sampling", GenerationConfig::sampling().temperature(1.3).top_k(20).top_p(0.9).num_return_sequences(2).seed(3)),
         ("beams", GenerationConfig::beam(3).num_return_sequences(2)),
         ("drawn beams", new().strategy(Strategy::BeamSample { num_beams: 3 }).seed(5)),
         ("diverse beams", new().strategy(Strategy::DiverseBeam { num_beams: 4, num_beam_groups: 2, diversity_penalty: 1.0 })),
         ("forced phrases", new().strategy(forced)),
-        ("contrastive", new().penalty_alpha(0.6).top_k(4)),
+        ("contrastive", new().strategy(Strategy::Contrastive { penalty_alpha: 0.6, top_k: 4 })),
         ("prompt lookup", GenerationConfig::greedy().prompt_lookup_num_tokens(3)),
         ("a draft model", GenerationConfig::greedy().assistant_model(Assistant::from(generator))),
-        ("guidance", GenerationConfig::greedy().guidance_scale(1.5)),
         ("static cache", GenerationConfig::greedy().cache_implementation("static")),
         ("in chunks", GenerationConfig::greedy().prefill_chunk_size(2)),
         ("uncached", GenerationConfig::greedy().use_cache(false)),
-    ]
+    ];
+    if !generator.model().info().is_encoder_decoder {
+        modes.push(("guidance", GenerationConfig::greedy().guidance_scale(1.5)));
+    }
+    modes
 }
 
 fn run(generator: &Generator, config: &GenerationConfig) -> Result<Output, Error> {

@@ -1,6 +1,4 @@
-//! What benches share: checkpoints of real shapes, prompts, medians.
-// No bench uses all of it.
-#![allow(dead_code)]
+//! What benches share: a checkpoint of a real shape, prompts, medians.
 
 use anyhow::Result;
 use half::bf16;
@@ -27,40 +25,83 @@ pub fn median(mut times: Vec<Duration>) -> Duration {
 /// A folder with a random checkpoint of SmolLM2-135M's shape, made once. Both files hold the same values, which bf16 can hold.
 pub fn smol_shaped(half: bool) -> Result<PathBuf> {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(if half { "smollm2-shaped-bf16" } else { "smollm2-shaped-f32" });
-    let weights = folder.join("model.safetensors");
-    if weights.exists() {
-        return Ok(folder);
-    }
-    fs::create_dir_all(&folder)?;
-    let (hidden, kv, mlp, layers, vocab) = (576, 192, 1536, 30, 49152);
-    let config = json!({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": hidden,
-        "intermediate_size": mlp, "max_position_embeddings": 2048, "num_attention_heads": 9, "num_hidden_layers": layers,
-        "num_key_value_heads": 3, "rms_norm_eps": 1e-5, "rope_theta": 100_000.0, "tie_word_embeddings": true, "vocab_size": vocab,
-    });
-    fs::write(folder.join("config.json"), serde_json::to_vec_pretty(&config)?)?;
-
-    let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![vocab, hidden])];
-    for layer in 0..layers {
-        let shapes = [
-            ("input_layernorm", vec![hidden]),
-            ("self_attn.q_proj", vec![hidden, hidden]),
-            ("self_attn.k_proj", vec![kv, hidden]),
-            ("self_attn.v_proj", vec![kv, hidden]),
-            ("self_attn.o_proj", vec![hidden, hidden]),
-            ("post_attention_layernorm", vec![hidden]),
-            ("mlp.gate_proj", vec![mlp, hidden]),
-            ("mlp.up_proj", vec![mlp, hidden]),
-            ("mlp.down_proj", vec![hidden, mlp]),
-        ];
-        tensors.extend(shapes.map(|(name, shape)| (format!("model.layers.{layer}.{name}.weight"), shape)));
-    }
-    tensors.push(("model.norm.weight".to_owned(), vec![hidden]));
-    // A half-written file never has the name.
-    let partial = folder.join("partial");
-    write_safetensors(&partial, &tensors, half)?;
-    fs::rename(partial, weights)?;
+    SMOL.write(&folder, half)?;
     Ok(folder)
+}
+
+/// The sizes of a model whose heads have 64 dimensions and whose head is its embeddings.
+pub struct Shape {
+    pub family: &'static str,
+    pub architecture: &'static str,
+    pub hidden: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub mlp: usize,
+    pub layers: usize,
+    pub vocab: usize,
+    pub rope_theta: f64,
+    pub eps: f64,
+    /// Whether queries, keys and values have biases.
+    pub biases: bool,
+}
+
+/// SmolLM2-135M.
+pub const SMOL: Shape = Shape {
+    family: "llama",
+    architecture: "LlamaForCausalLM",
+    hidden: 576,
+    heads: 9,
+    kv_heads: 3,
+    mlp: 1536,
+    layers: 30,
+    vocab: 49152,
+    rope_theta: 100_000.0,
+    eps: 1e-5,
+    biases: false,
+};
+
+impl Shape {
+    /// Writes a random checkpoint into `folder`, unless it is there.
+    pub fn write(&self, folder: &Path, half: bool) -> Result<()> {
+        let weights = folder.join("model.safetensors");
+        if weights.exists() {
+            return Ok(());
+        }
+        fs::create_dir_all(folder)?;
+        let (hidden, kv, mlp, layers, vocab) = (self.hidden, self.kv_heads * 64, self.mlp, self.layers, self.vocab);
+        let config = json!({
+            "architectures": [self.architecture], "model_type": self.family, "hidden_act": "silu", "hidden_size": hidden,
+            "intermediate_size": mlp, "max_position_embeddings": 16384, "num_attention_heads": self.heads, "num_hidden_layers": layers,
+            "num_key_value_heads": self.kv_heads, "rms_norm_eps": self.eps, "rope_theta": self.rope_theta, "tie_word_embeddings": true,
+            "vocab_size": vocab, "use_sliding_window": false, "sliding_window": 16384, "max_window_layers": layers,
+            "torch_dtype": if half { "bfloat16" } else { "float32" },
+        });
+        fs::write(folder.join("config.json"), serde_json::to_vec_pretty(&config)?)?;
+
+        let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![vocab, hidden])];
+        for layer in 0..layers {
+            let shapes = [
+                ("input_layernorm", vec![hidden]),
+                ("self_attn.q_proj", vec![hidden, hidden]),
+                ("self_attn.k_proj", vec![kv, hidden]),
+                ("self_attn.v_proj", vec![kv, hidden]),
+                ("self_attn.o_proj", vec![hidden, hidden]),
+                ("post_attention_layernorm", vec![hidden]),
+                ("mlp.gate_proj", vec![mlp, hidden]),
+                ("mlp.up_proj", vec![mlp, hidden]),
+                ("mlp.down_proj", vec![hidden, mlp]),
+            ];
+            tensors.extend(shapes.map(|(name, shape)| (format!("model.layers.{layer}.{name}.weight"), shape)));
+            let biases = [("q", hidden), ("k", kv), ("v", kv)].into_iter().filter(|_| self.biases);
+            tensors.extend(biases.map(|(name, len)| (format!("model.layers.{layer}.self_attn.{name}_proj.bias"), vec![len])));
+        }
+        tensors.push(("model.norm.weight".to_owned(), vec![hidden]));
+        // A half-written file never has the name.
+        let partial = folder.join("partial");
+        write_safetensors(&partial, &tensors, half)?;
+        fs::rename(partial, weights)?;
+        Ok(())
+    }
 }
 
 /// A folder with a random f32 checkpoint of t5-small's shape, made once.
@@ -105,7 +146,7 @@ pub fn t5_shaped() -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// Writes random matrices and vectors of ones, holding none of them in memory.
+/// Writes random matrices and biases, and norms of ones, holding none of them in memory.
 fn write_safetensors(path: &Path, tensors: &[(String, Vec<usize>)], half: bool) -> Result<()> {
     let (dtype, width) = if half { ("BF16", 2) } else { ("F32", 4) };
     let mut header = Map::new();
@@ -122,9 +163,9 @@ fn write_safetensors(path: &Path, tensors: &[(String, Vec<usize>)], half: bool) 
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(&header)?;
     let mut rng = ChaCha8Rng::seed_from_u64(0);
-    for (_, shape) in tensors {
+    for (name, shape) in tensors {
         for _ in 0..shape.iter().product() {
-            let value = if shape.len() == 1 { 1.0 } else { rng.random_range(-0.05..0.05) };
+            let value = if name.ends_with("norm.weight") { 1.0 } else { rng.random_range(-0.05..0.05) };
             let value = bf16::from_f32(value);
             if half {
                 out.write_all(&value.to_le_bytes())?;

@@ -493,7 +493,7 @@ mod tests {
 
     #[test]
     fn f16_ends_at_its_largest_number() {
-        let half = CandleOps::new(Device::Cpu, DType::F16);
+        let half = CandleOps::new(tested().0, DType::F16);
         let one = bytes(&[300.0, -300.0]);
         let weight = half.weight(&[Matrix { bytes: &one, dtype: DType::F32, outputs: 2, inputs: 1, transposed: false }], None).unwrap();
         let x = act(&[300.0], 1).to_dtype(DType::F16).unwrap();

@@ -168,7 +168,7 @@ impl<O: Ops> Decoder<O> {
             let mut mixed = layer.attend(ops, index, &x, angles, rows)?;
             if index + 1 == self.layers.len() {
                 // The caches are complete: from here on only tokens that something is wanted of matter.
-                if pass.want == Want::Nothing {
+                if pass.read.is_empty() {
                     return Ok(Forward::default());
                 }
                 if pass.want != Want::Hidden && pass.read.len() < pass.ids.len() {

@@ -112,6 +112,10 @@ fn logits_depend_on_every_token_in_sight() {
 
 #[test]
 fn fused_operations_agree_with_candles() {
+    if tested().1 != DType::F32 {
+        println!("skipped: in half precision the golden suite compares with f32");
+        return;
+    }
     for family in tiny::FAMILIES {
         let [candle, fused] = both(family, json!({})).map(|case| case.whole(&IDS));
         let spread = candle.iter().map(|logit| logit.abs()).fold(0.0, f32::max);
