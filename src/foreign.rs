@@ -387,7 +387,8 @@ mod tests {
                 model.forward(&mut feeds, Want::Last).err().map(|error| error.to_string())
             };
             match catch_unwind(AssertUnwindSafe(&mut both)) {
-                Ok(error) => assert_eq!((panics, error.as_deref()), (false, Some("tensor: out of luck"))),
+                // A backtrace may follow.
+                Ok(error) => assert!(!panics && error.is_some_and(|error| error.starts_with("tensor: out of luck"))),
                 Err(_) => assert!(panics),
             }
             assert_eq!((one.len(), two.len()), (0, 1));

@@ -9,7 +9,7 @@ mkdir -p "$out/bin" "$out/examples"
 
 # Lines of JSON name each binary and what it was made from.
 binaries() {
-    cargo "$@" --release --features cuda --no-run --message-format=json |
+    cargo "$@" --features cuda --no-run --message-format=json |
         sed -nE 's/.*"target":\{"kind":\["([a-z-]+)"\].*"name":"([^"]+)".*"executable":"([^"]+)".*/\1 \2 \3/p'
 }
 install() { # kind name path
@@ -17,7 +17,7 @@ install() { # kind name path
     case $1 in lib) name=unit ;; bench) name=bench-$2 ;; esac
     strip -o "$out/bin/$name" "$3"
 }
-binaries test --lib --test golden --test laws --test search --test seq2seq --test devices | while read -r line; do install $line; done
+binaries test --release --lib --test golden --test laws --test search --test seq2seq --test devices | while read -r line; do install $line; done
 binaries bench --benches | while read -r kind name path; do install bench "$name" "$path"; done
 cargo build --release --features cuda --example generate --message-format=json |
     sed -nE 's/.*"kind":\["example"\].*"executable":"([^"]+)".*/\1/p' | xargs -I{} strip -o "$out/bin/generate" {}

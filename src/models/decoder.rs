@@ -340,7 +340,8 @@ mod tests {
         change(&mut tensors);
         tiny::save(&folder.path().join("model.safetensors"), &tensors, Dtype::F32);
         let model = load(folder.path(), &LoadOptions::default()).unwrap();
-        let mut cache = model.start(&[Start::default()]).unwrap().remove(0);
+        let source: &[u32] = if model.info().is_encoder_decoder { &[4, 5] } else { &[] };
+        let mut cache = model.start(&[Start { source, ..Start::default() }]).unwrap().remove(0);
         model.forward(&mut [Feed { tokens: &[1, 2, 3], cache: &mut *cache }], Want::Last).unwrap().logits.into_host().unwrap()
     }
 
