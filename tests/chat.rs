@@ -58,8 +58,10 @@ fn modes(tokens: usize) -> Vec<GenerationConfig> {
     modes.into_iter().map(|mode| mode.max_new_tokens(tokens).output_logits(true)).collect()
 }
 
-/// Tokens, texts and bits of the logits of all rows.
-fn outcome(output: &Output) -> Vec<(Vec<u32>, String, FinishReason, Vec<Vec<u32>>)> {
+/// Tokens, text, reason to end and bits of the logits of a row.
+type Outcome = (Vec<u32>, String, FinishReason, Vec<Vec<u32>>);
+
+fn outcome(output: &Output) -> Vec<Outcome> {
     let bits = |logits: &Vec<f32>| logits.iter().map(|logit| logit.to_bits()).collect();
     let row = |row: &Sequence| {
         let logits = row.logits.as_ref().expect("logits were asked for").iter().map(bits).collect();
@@ -73,7 +75,7 @@ fn same(left: &Output, right: &Output) {
     assert!(!left.sequences.is_empty());
     assert_eq!(left.usage.prompt_tokens, right.usage.prompt_tokens);
     let (left, right) = (outcome(left), outcome(right));
-    let tokens = |rows: &[(Vec<u32>, String, FinishReason, Vec<Vec<u32>>)]| rows.iter().map(|row| row.0.clone()).collect::<Vec<_>>();
+    let tokens = |rows: &[Outcome]| rows.iter().map(|row| row.0.clone()).collect::<Vec<_>>();
     assert_eq!(tokens(&left), tokens(&right));
     assert!(left == right, "the same tokens, but other texts, reasons or bits");
 }

@@ -334,7 +334,8 @@ mod tests {
         // The trie claims 4 GB, behind pieces that are right.
         let mut map = unigram.clone();
         map.extend(b"\x1A\x07\x12\x05\xFC\xFF\xFF\xFF\0");
-        let cases: [(&[(&str, &[u8])], &str); 10] = [
+        type Files<'a> = &'a [(&'a str, &'a [u8])];
+        let cases: [(Files<'_>, &str); 10] = [
             (&[("config.json", &t5), ("spiece.model", &unigram[..unigram.len() - 3])], "spiece.model: "),
             (&[("config.json", &t5), ("spiece.model", b"")], "spiece.model: it has no pieces"),
             (&[("config.json", &t5), ("spiece.model", &map)], "character map claims"),
