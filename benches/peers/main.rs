@@ -6,7 +6,6 @@
 
 mod candle;
 #[path = "../common/mod.rs"]
-#[allow(dead_code)] // Prompts and medians are the script's.
 mod common;
 mod make;
 mod ours;
