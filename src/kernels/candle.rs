@@ -169,11 +169,12 @@ impl Ops for CandleOps {
         turn(&self.device, work)
     }
 
-    fn weight(&self, parts: &[Matrix<'_>], bias: Option<&[f32]>) -> Result<Weight> {
+    fn weight(&self, parts: &[Matrix<'_>], bias: Option<&[f32]>, done: &dyn Fn(&[u8])) -> Result<Weight> {
         let part = |part: &Matrix<'_>| -> Result<Tensor> {
             let shape = if part.transposed { [part.inputs, part.outputs] } else { [part.outputs, part.inputs] };
             let matrix = Tensor::from_raw_buffer(part.bytes, part.dtype, &shape, &self.device)?;
             let matrix = if part.transposed { matrix.t()?.contiguous()? } else { matrix };
+            done(part.bytes);
             Ok(matrix.to_dtype(self.dtype)?.to_dtype(self.product)?)
         };
         let matrix = Tensor::cat(&parts.iter().map(part).collect::<Result<Vec<_>>>()?, 0)?;

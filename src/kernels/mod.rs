@@ -35,8 +35,9 @@ pub(crate) trait Ops: Send + Sync + 'static {
         work()
     }
 
-    /// Packs `parts`, stacked along their outputs, as one weight; `bias` has one value per output.
-    fn weight(&self, parts: &[Matrix<'_>], bias: Option<&[f32]>) -> Result<Self::Weight>;
+    /// Packs `parts`, stacked along their outputs, as one weight; `bias` has one value per output. `done` is told which bytes of the
+    /// parts are not needed any more.
+    fn weight(&self, parts: &[Matrix<'_>], bias: Option<&[f32]>, done: &dyn Fn(&[u8])) -> Result<Self::Weight>;
     /// Bytes that `weight` takes in memory.
     fn weight_bytes(&self, weight: &Self::Weight) -> u64;
     /// Takes a vector of parameters.
@@ -48,6 +49,10 @@ pub(crate) trait Ops: Send + Sync + 'static {
     fn embed(&self, table: &Self::Weight, ids: &[u32]) -> Result<Self::Act>;
     /// `x * weight^T + bias`.
     fn linear(&self, weight: &Self::Weight, x: &Self::Act) -> Result<Self::Act>;
+    /// `onto + x * weight^T + bias`.
+    fn linear_onto(&self, weight: &Self::Weight, x: &Self::Act, onto: Self::Act) -> Result<Self::Act> {
+        self.add(onto, &self.linear(weight, x)?)
+    }
     /// Normalises each token.
     fn norm(&self, norm: &Norm<Self::Vector>, x: &Self::Act) -> Result<Self::Act>;
     /// Normalises some columns of each token, from `first` on: `group` of them at a time, each group alone. The norm has a weight

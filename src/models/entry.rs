@@ -88,7 +88,7 @@ impl<O: Ops> Entry<O> {
                 let values: Vec<u8> = positions.flat_map(|position| waves.at(position, *width)).flat_map(f32::to_le_bytes).collect();
                 let table = Matrix { bytes: &values, dtype: DType::F32, outputs: ids.len(), inputs: *width, transposed: false };
                 let places: Vec<u32> = (0..ids.len() as u32).collect();
-                ops.add(x, &ops.embed(&ops.weight(&[table], None)?, &places)?)?
+                ops.add(x, &ops.embed(&ops.weight(&[table], None, &|_| ())?, &places)?)?
             }
             Place::Rope(..) | Place::Biases => x,
         };

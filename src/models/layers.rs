@@ -101,76 +101,83 @@ impl<O: Ops> Layer<O> {
     /// The rest of the layer, each token alone or with its row's source. Where a norm of `x` is needed once more, computing it again
     /// costs less than carrying it along.
     pub fn finish(&self, ops: &O, index: usize, x: O::Act, mixed: &O::Act, sources: &[Span<&O::Store>]) -> Result<O::Act> {
-        let y = ops.linear(&self.out, mixed)?;
+        let out = || ops.linear(&self.out, mixed);
         match &self.residual {
             Residual::Pre { mlp, .. } => {
-                let mut x = ops.add(x, &y)?;
+                let mut x = ops.linear_onto(&self.out, mixed, x)?;
                 if let Some(cross) = &self.cross {
-                    let y = cross.compute(ops, index, &ops.norm(&cross.norm, &x)?, sources)?;
-                    x = ops.add(x, &y)?;
+                    let mixed = cross.mix(ops, index, &ops.norm(&cross.norm, &x)?, sources)?;
+                    x = ops.linear_onto(&cross.out, &mixed, x)?;
                 }
-                let y = self.mlp.compute(ops, &ops.norm(mlp, &x)?)?;
-                ops.add(x, &y)
+                self.mlp.compute(ops, &ops.norm(mlp, &x)?, Some(x))
             }
             Residual::Post { attention, mlp } => {
-                let x = ops.add(x, &ops.norm(attention, &y)?)?;
-                let y = self.mlp.compute(ops, &x)?;
+                let x = ops.add(x, &ops.norm(attention, &out()?)?)?;
+                let y = self.mlp.compute(ops, &x, None)?;
                 ops.add(x, &ops.norm(mlp, &y)?)
             }
             Residual::PrePost { attention: [_, attention], mlp: [before, after] } => {
-                let x = ops.add(x, &ops.norm(attention, &y)?)?;
-                let y = self.mlp.compute(ops, &ops.norm(before, &x)?)?;
+                let x = ops.add(x, &ops.norm(attention, &out()?)?)?;
+                let y = self.mlp.compute(ops, &ops.norm(before, &x)?, None)?;
                 ops.add(x, &ops.norm(after, &y)?)
             }
             Residual::Summed { attention, mlp } => {
-                let mut x = ops.norm(attention, &ops.add(x, &y)?)?;
+                let mut x = ops.norm(attention, &ops.linear_onto(&self.out, mixed, x)?)?;
                 if let Some(cross) = &self.cross {
-                    let y = cross.compute(ops, index, &x, sources)?;
-                    x = ops.norm(&cross.norm, &ops.add(x, &y)?)?;
+                    let mixed = cross.mix(ops, index, &x, sources)?;
+                    x = ops.norm(&cross.norm, &ops.linear_onto(&cross.out, &mixed, x)?)?;
                 }
-                let y = self.mlp.compute(ops, &x)?;
+                let y = self.mlp.compute(ops, &x, None)?;
                 ops.norm(mlp, &ops.add(x, &y)?)
             }
             Residual::Normed { attention, mlp } => {
-                let x = ops.add(ops.norm(attention, &x)?, &y)?;
-                let x = ops.norm(mlp, &x)?;
-                let y = self.mlp.compute(ops, &x)?;
+                let x = ops.norm(mlp, &ops.linear_onto(&self.out, mixed, ops.norm(attention, &x)?)?)?;
+                let y = self.mlp.compute(ops, &x, None)?;
                 ops.add(x, &y)
             }
             Residual::Parallel { attention, mlp } => {
-                let z = self.mlp.compute(ops, &ops.norm(mlp.as_ref().unwrap_or(attention), &x)?)?;
-                ops.add(x, &ops.add(z, &y)?)
+                let z = self.mlp.compute(ops, &ops.norm(mlp.as_ref().unwrap_or(attention), &x)?, None)?;
+                ops.add(x, &ops.linear_onto(&self.out, mixed, z)?)
             }
         }
     }
 }
 
 impl<O: Ops> Cross<O> {
-    fn compute(&self, ops: &O, index: usize, x: &O::Act, sources: &[Span<&O::Store>]) -> Result<O::Act> {
-        let mixed = ops.cross(&self.attention, index, &ops.linear(&self.queries, x)?, sources)?;
-        ops.linear(&self.out, &mixed)
+    /// What tokens take from their sources.
+    fn mix(&self, ops: &O, index: usize, x: &O::Act, sources: &[Span<&O::Store>]) -> Result<O::Act> {
+        ops.cross(&self.attention, index, &ops.linear(&self.queries, x)?, sources)
     }
 }
 
 impl<O: Ops> Mlp<O> {
-    fn compute(&self, ops: &O, x: &O::Act) -> Result<O::Act> {
+    /// What comes of `x`, added to `onto` if there is that.
+    fn compute(&self, ops: &O, x: &O::Act, onto: Option<O::Act>) -> Result<O::Act> {
+        let last = |down, inner: O::Act, onto| match onto {
+            Some(onto) => ops.linear_onto(down, &inner, onto),
+            None => ops.linear(down, &inner),
+        };
         match self {
-            Self::Plain { up, activation, down } => ops.linear(down, &ops.activate(*activation, ops.linear(up, x)?)?),
-            Self::Gated { gate_up, activation, down } => ops.linear(down, &ops.gate(*activation, ops.linear(gate_up, x)?)?),
+            Self::Plain { up, activation, down } => last(down, ops.activate(*activation, ops.linear(up, x)?)?, onto),
+            Self::Gated { gate_up, activation, down } => last(down, ops.gate(*activation, ops.linear(gate_up, x)?)?, onto),
             Self::Routed { router, top, renormalise, activation, experts } => {
                 let logits = ops.linear(router, x)?;
                 let (mut count, mut parts) = (0, Vec::new());
                 for (picks, [gate_up, down]) in ops.route(&logits, *top, *renormalise)?.into_iter().zip(experts) {
-                    if let Some(&last) = picks.tokens.last() {
+                    if let Some(&end) = picks.tokens.last() {
                         let own = ops.select(x, &picks.tokens)?;
-                        let y = ops.linear(down, &ops.gate(*activation, ops.linear(gate_up, &own)?)?)?;
-                        count = count.max(last + 1);
+                        let y = last(down, ops.gate(*activation, ops.linear(gate_up, &own)?)?, None)?;
+                        count = count.max(end + 1);
                         parts.push((picks, y));
                     }
                 }
                 // Every token has an expert, so the last token that one has is the last of all. Parts are in the order of the experts:
                 // a token's sum has the same order in any company.
-                ops.mix(count, &parts)
+                let y = ops.mix(count, &parts)?;
+                match onto {
+                    Some(onto) => ops.add(onto, &y),
+                    None => Ok(y),
+                }
             }
         }
     }
@@ -388,7 +395,7 @@ impl<'a, O: Ops> Loader<'a, O> {
     }
 
     fn pack(&mut self, matrices: &[Matrix<'_>], bias: Option<&[f32]>) -> Result<O::Weight> {
-        let weight = self.ops.weight(matrices, bias)?;
+        let weight = self.ops.weight(matrices, bias, &|bytes| self.weights.forget(bytes))?;
         self.read += matrices.iter().map(|matrix| matrix.bytes.len() as u64).sum::<u64>();
         self.weight_bytes += self.ops.weight_bytes(&weight);
         Ok(weight)

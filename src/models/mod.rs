@@ -89,7 +89,7 @@ fn build(spec: &DecoderSpec, weights: &Weights, dtype: DType, options: &LoadOpti
     Ok(match (device, dtype, kernels) {
         (Device::Cpu, DType::F32, Kernels::Auto) => {
             let info = ModelInfo { page: PAGE, position_bytes: Pages::position_bytes(shape), ..info };
-            Arc::new(Decoder::load(CpuOps::new(), info, spec, weights, progress)?)
+            Arc::new(Decoder::load(CpuOps::new(None, None), info, spec, weights, progress)?)
         }
         _ => {
             let values = 2 * shape.layers * shape.kv_heads * shape.head_dim;

@@ -100,6 +100,22 @@ impl Weights {
         Ok(())
     }
 
+    /// Lets go of bytes that were read, so that a file is not in memory beside the weights made of it. Whoever reads them again
+    /// reads them from the file.
+    pub fn forget(&self, bytes: &[u8]) {
+        #[cfg(unix)]
+        for (_, map) in &self.files {
+            let (start, end) = (map.as_ptr() as usize, map.as_ptr() as usize + map.len());
+            let at = bytes.as_ptr() as usize;
+            if (start..end).contains(&at) {
+                // SAFETY: a page of a read-only map of a file that is given back is read from the file anew, with the same bytes
+                // unless somebody changes the file, of which `add` speaks. The range is within the map. Where the system refuses,
+                // nothing happens.
+                let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, at - start, bytes.len()) };
+            }
+        }
+    }
+
     /// Bytes of all tensors.
     pub fn len(&self) -> u64 {
         self.entries.values().map(|entry| entry.bytes.len() as u64).sum()

@@ -4,20 +4,22 @@
 //! itself and the spans are joined in ascending order, so a token's result depends on nothing but the positions it sees.
 
 use super::{
+    CpuOps,
     isa::{Isa, Level, Task},
-    line::{F32, LANES},
-    math, threads,
-    tile::{ROWS, Sums, Tile, tiled},
+    line::LANES,
+    math,
+    threads::Shares,
+    tile::{ROWS, multiply, tiled},
 };
 use crate::{
     cache::{PAGE, Pages},
     error::Result,
     kernels::{Attention, HeadBias, Span, Store},
 };
-use std::{array::from_fn, ops::Range, sync::Arc};
+use std::{cell::RefCell, ops::Range, sync::Arc};
 
 /// Positions of a span, a whole number of pages: 128 kB of keys and values at a head of 64.
-const SPAN: usize = 256;
+pub(super) const SPAN: usize = 256;
 
 /// About as many queries share a reading of a span.
 const QUERIES: usize = 48;
@@ -48,13 +50,20 @@ impl<'a> Reader<'a> {
 }
 
 /// Writes the keys and values of all tokens, the last of their `width` columns, to their rows' stores.
-pub(super) fn write(attention: &Attention, layer: usize, x: &[f32], width: usize, rows: &mut [Span<&mut Pages>]) -> Result<()> {
+pub(super) fn write(
+    ops: &CpuOps,
+    attention: &Attention,
+    layer: usize,
+    x: &[f32],
+    width: usize,
+    rows: &mut [Span<&mut Pages>],
+) -> Result<()> {
     let (dim, kv_heads) = (attention.head_dim, attention.kv_heads);
     for row in rows {
         let (start, end) = (row.store.len(), row.store.len() + row.count);
         debug_assert_eq!((row.store.shape().kv_heads, row.store.shape().head_dim), (kv_heads, dim));
         // Writing a key across a page's lines costs about 8 multiply-adds a value.
-        threads::chunks(row.store.tail(row.count)?, 1, PAGE * kv_heads * dim * 8, |i, page| {
+        ops.team.chunks(row.store.tail(row.count)?, 1, PAGE.min(row.count) * kv_heads * dim * 8, |i, page| {
             let first = (start / PAGE + i) * PAGE;
             let page = Arc::make_mut(&mut page[0]);
             for position in start.max(first)..end.min(first + PAGE) {
@@ -69,40 +78,93 @@ pub(super) fn write(attention: &Attention, layer: usize, x: &[f32], width: usize
     Ok(())
 }
 
-/// The attention of all tokens, whose queries are the first of their `width` columns, `(tokens, heads * head_dim)`.
-pub(super) fn attend(level: Level, attention: &Attention, layer: usize, x: &[f32], width: usize, rows: &[Reader<'_>]) -> Vec<f32> {
-    let Attention { heads, kv_heads, head_dim: dim, .. } = *attention;
-    let group = heads / kv_heads;
-    let block = (QUERIES / group).max(1);
-    let mut jobs = Vec::new();
-    for row in rows {
-        for first in (0..row.count).step_by(block) {
-            for head in 0..kv_heads {
-                let queries = (first..row.count.min(first + block)).flat_map(|token| (0..group).map(move |g| (token, head * group + g)));
-                let queries = queries.map(|(token, head)| {
-                    let position = row.start + token;
-                    let token = row.first + token;
-                    Query {
-                        x: &x[token * width + head * dim..][..dim],
-                        seen: attention.sight.of(position, row.len),
-                        to: token * heads + head,
-                        bias: attention.bias.of(head, position),
-                    }
-                });
-                jobs.push(Job { level, attention, layer, head, store: row.store, queries: queries.collect() });
+/// The attention of all tokens, whose queries are the first of their `width` columns, to `y`, `(tokens, heads * head_dim)`.
+pub(super) fn attend(ops: &CpuOps, attention: &Attention, layer: usize, x: &[f32], width: usize, rows: &[Reader<'_>], y: &mut [f32]) {
+    let Attention { heads, kv_heads, .. } = *attention;
+    let block = (QUERIES / (heads / kv_heads)).max(1);
+    let blocks = rows.iter().flat_map(|row| (0..row.count).step_by(block).map(move |first| (row, first..row.count.min(first + block))));
+    let jobs: Vec<_> = blocks
+        .flat_map(|(row, tokens)| (0..kv_heads).map(move |head| Job { attention, layer, x, width, row, tokens: tokens.clone(), head }))
+        .collect();
+    let work = jobs.iter().map(Job::work).sum();
+    let y = Shares::new(y);
+    let wanted = ops.team.worth(work);
+    if wanted == 1 || jobs.len() >= 4 * wanted {
+        let some = |work: &mut Workspace, job: &Job<'_>| {
+            work.all.resize(work.all.len().max(job.values()), 0.0);
+            work.part.resize(work.part.len().max(job.values()), 0.0);
+            let (all, part) = (&mut work.all[..job.values()], &mut work.part[..job.values()]);
+            for (i, start) in job.spans(ops.span).enumerate() {
+                job.span(ops, start, if i == 0 { all } else { part }, &mut work.scores);
+                if i > 0 {
+                    job.join(all, part);
+                }
             }
-        }
+            // SAFETY: no other job has these queries.
+            unsafe { job.finish(all, &y) };
+        };
+        let pieces = if wanted == 1 { 1 } else { jobs.len() };
+        ops.team.run(pieces, |piece| {
+            let jobs = &jobs[jobs.len() * piece / pieces..jobs.len() * (piece + 1) / pieces];
+            Workspace::with(|work| jobs.iter().for_each(|job| some(work, job)));
+        });
+        return;
     }
-    let results = threads::map(jobs.len(), jobs.iter().map(Job::work).sum(), |i| jobs[i].attend());
-    let mut y = vec![0.0; x.len() / width * heads * dim];
-    for (job, result) in jobs.iter().zip(&results) {
-        for ((query, row), sum) in job.queries.iter().zip(result.rows.chunks(job.width())).zip(&result.sum) {
-            for (y, x) in y[query.to * dim..][..dim].iter_mut().zip(row) {
-                *y = x / sum;
-            }
-        }
+    // A few queries that see much: each span is a piece of its own.
+    let spans: Vec<_> = jobs.iter().flat_map(|job| job.spans(ops.span).map(move |start| (job, start))).collect();
+    let places: Vec<_> = spans.iter().scan(0, |end, (job, _)| Some(std::mem::replace(end, *end + job.values()))).collect();
+    let total = spans.iter().map(|(job, _)| job.values()).sum();
+    let mut parts = ops.scratch.take(total);
+    {
+        let parts = Shares::new(&mut parts);
+        ops.team.run(spans.len(), |i| {
+            let (job, start) = spans[i];
+            // SAFETY: every piece has a place of its own.
+            let part = unsafe { parts.slice(places[i]..places[i] + job.values()) };
+            Workspace::with(|work| job.span(ops, start, part, &mut work.scores));
+        });
     }
-    y
+    let mut rest = &mut parts[..];
+    for job in &jobs {
+        let (own, others) = rest.split_at_mut(job.spans(ops.span).len() * job.values());
+        rest = others;
+        let (all, own) = own.split_at_mut(job.values());
+        own.chunks_exact(job.values()).for_each(|part| job.join(all, part));
+        // SAFETY: no other job has these queries.
+        unsafe { job.finish(all, &y) };
+    }
+}
+
+/// What a thread computes with.
+#[derive(Default)]
+struct Workspace {
+    /// `(queries, span)`: products, then weights.
+    scores: Vec<f32>,
+    all: Vec<f32>,
+    part: Vec<f32>,
+}
+
+impl Workspace {
+    fn with<R>(work: impl FnOnce(&mut Self) -> R) -> R {
+        thread_local!(static OWN: RefCell<Workspace> = RefCell::default());
+        // Nothing that works with it does so within itself; a new one would do as well.
+        OWN.with(|own| match own.try_borrow_mut() {
+            Ok(mut own) => work(&mut own),
+            Err(_) => work(&mut Self::default()),
+        })
+    }
+}
+
+/// Queries of one row that share a key-value head.
+struct Job<'a> {
+    attention: &'a Attention,
+    layer: usize,
+    x: &'a [f32],
+    width: usize,
+    row: &'a Reader<'a>,
+    /// Of the row's.
+    tokens: Range<usize>,
+    head: usize,
 }
 
 /// One head of one token.
@@ -115,101 +177,99 @@ struct Query<'a> {
     bias: HeadBias<'a>,
 }
 
-/// Queries of one row that share a key-value head.
-struct Job<'a> {
-    level: Level,
-    attention: &'a Attention,
-    layer: usize,
-    head: usize,
-    store: &'a Pages,
-    queries: Vec<Query<'a>>,
-}
-
-/// The outcome of some positions: for each query the largest score, the sum of `e^(score - max)`, and the values' sum with
-/// these weights.
-struct Part {
-    max: Vec<f32>,
-    sum: Vec<f32>,
-    rows: Vec<f32>,
-}
-
 impl Job<'_> {
+    fn group(&self) -> usize {
+        self.attention.heads / self.attention.kv_heads
+    }
+
+    fn queries(&self) -> usize {
+        self.tokens.len() * self.group()
+    }
+
     /// Dimensions of a head, up to a whole line.
-    fn width(&self) -> usize {
+    fn dims(&self) -> usize {
         self.attention.head_dim.next_multiple_of(LANES)
     }
 
-    fn work(&self) -> usize {
-        self.queries.iter().map(|query| query.seen.len()).sum::<usize>() * self.attention.head_dim * 2
+    /// The outcome of some positions, for each query: the values' sum with weights `e^(score - max)`, the largest score, and the sum of the
+    /// weights.
+    fn stride(&self) -> usize {
+        self.dims() + 2
     }
 
-    fn attend(&self) -> Part {
-        let start = self.queries.iter().map(|query| query.seen.start).min().unwrap_or(0) / SPAN;
-        let end = self.queries.iter().map(|query| query.seen.end).max().unwrap_or(0).div_ceil(SPAN);
-        let mut parts = threads::map(end - start, self.work(), |i| self.span((start + i) * SPAN)).into_iter();
-        let count = self.queries.len();
-        let mut all = parts.next().unwrap_or_else(|| Part::new(count, self.width()));
-        parts.for_each(|part| all.join(&part));
-        all
+    /// Values of an outcome.
+    fn values(&self) -> usize {
+        self.queries() * self.stride()
     }
 
-    /// The part of the positions from `start` on, `SPAN` of them.
-    fn span(&self, start: usize) -> Part {
-        let seen = |i: usize| {
-            let Range { start: first, end } = self.queries[i].seen;
-            first.clamp(start, start + SPAN) - start..end.clamp(start, start + SPAN) - start
-        };
-        let mut work = Work {
-            job: self,
-            pages: start / PAGE,
-            seen: (0..self.queries.len()).map(seen).collect(),
-            scores: vec![0.0; self.queries.len() * SPAN],
-            part: Part::new(self.queries.len(), self.width()),
-        };
-        for first in (0..self.queries.len()).step_by(ROWS) {
-            let count = (self.queries.len() - first).min(ROWS);
-            tiled!(self.level, count, work.score(first));
-            for i in first..first + count {
-                work.soften(i);
-            }
-            // What all of them see is summed together, what is left before and after alone: the order is the same.
-            let seen = &work.seen[first..first + count];
-            let start = seen.iter().map(|seen| seen.start).max().unwrap_or(0);
-            let end = seen.iter().map(|seen| seen.end).min().unwrap_or(0).max(start);
-            for i in first..first + count {
-                let range = work.seen[i].start..work.seen[i].end.min(start);
-                tiled!(self.level, 1, work.sum(i, range));
-            }
-            tiled!(self.level, count, work.sum(first, start..end));
-            for i in first..first + count {
-                let range = work.seen[i].start.max(end)..work.seen[i].end;
-                tiled!(self.level, 1, work.sum(i, range));
-            }
+    #[inline(always)]
+    fn query(&self, i: usize) -> Query<'_> {
+        let Attention { heads, head_dim, .. } = *self.attention;
+        let (token, head) = (self.tokens.start + i / self.group(), self.head * self.group() + i % self.group());
+        let position = self.row.start + token;
+        let token = self.row.first + token;
+        Query {
+            x: &self.x[token * self.width + head * head_dim..][..head_dim],
+            seen: self.attention.sight.of(position, self.row.len),
+            to: (token * heads + head) * head_dim,
+            bias: self.attention.bias.of(head, position),
         }
-        work.part
-    }
-}
-
-impl Part {
-    /// Nothing seen.
-    fn new(queries: usize, width: usize) -> Self {
-        Self { max: vec![f32::NEG_INFINITY; queries], sum: vec![0.0; queries], rows: vec![0.0; queries * width] }
     }
 
-    /// Adds the part that follows.
-    fn join(&mut self, next: &Self) {
-        let width = self.rows.len() / self.max.len();
-        for (i, (row, other)) in self.rows.chunks_mut(width).zip(next.rows.chunks(width)).enumerate() {
-            if next.max[i] == f32::NEG_INFINITY {
+    /// What the queries see together: what the first and the last see.
+    fn seen(&self) -> Range<usize> {
+        let of = |token: usize| self.attention.sight.of(self.row.start + token, self.row.len);
+        of(self.tokens.start).start..of(self.tokens.end.max(1) - 1).end
+    }
+
+    fn work(&self) -> usize {
+        self.seen().len() * self.queries() * self.attention.head_dim * 2
+    }
+
+    /// The beginnings of the spans that a query sees something of; the first one always.
+    fn spans(&self, span: usize) -> impl ExactSizeIterator<Item = usize> + use<> {
+        let Range { start, end } = self.seen();
+        let first = start / span;
+        (first..end.div_ceil(span).max(first + 1)).map(move |i| i * span)
+    }
+
+    /// The outcome of the positions of a span.
+    fn span(&self, ops: &CpuOps, start: usize, part: &mut [f32], scores: &mut Vec<f32>) {
+        // Whole pages, not more than there are.
+        let len = ops.span.min(self.row.len.next_multiple_of(PAGE) - start);
+        scores.resize(scores.len().max(self.queries() * len), 0.0);
+        Work { job: self, start, len, scores, part }.run(ops.level);
+    }
+
+    /// Adds the outcome of the span that follows.
+    fn join(&self, all: &mut [f32], next: &[f32]) {
+        let dims = self.dims();
+        for (all, next) in all.chunks_exact_mut(self.stride()).zip(next.chunks_exact(self.stride())) {
+            if next[dims] == f32::NEG_INFINITY {
                 continue;
             }
-            let max = if next.max[i] > self.max[i] { next.max[i] } else { self.max[i] };
-            let (old, new) = (math::exp(self.max[i] - max), math::exp(next.max[i] - max));
-            self.sum[i] = self.sum[i] * old + next.sum[i] * new;
-            for (x, y) in row.iter_mut().zip(other) {
+            let max = if next[dims] > all[dims] { next[dims] } else { all[dims] };
+            let (old, new) = (math::exp(all[dims] - max), math::exp(next[dims] - max));
+            for (x, y) in all[..dims].iter_mut().zip(next) {
                 *x = *x * old + y * new;
             }
-            self.max[i] = max;
+            all[dims] = max;
+            all[dims + 1] = all[dims + 1] * old + next[dims + 1] * new;
+        }
+    }
+
+    /// Writes the result.
+    ///
+    /// # Safety
+    /// No other thread accesses the results of these queries meanwhile.
+    unsafe fn finish(&self, all: &[f32], y: &Shares<'_, f32>) {
+        for (i, all) in all.chunks_exact(self.stride()).enumerate() {
+            let to = self.query(i).to;
+            // SAFETY: as of this function.
+            let y = unsafe { y.slice(to..to + self.attention.head_dim) };
+            for (y, x) in y.iter_mut().zip(all) {
+                *y = x / all[self.dims() + 1];
+            }
         }
     }
 }
@@ -217,109 +277,142 @@ impl Part {
 /// One span of a job. Positions count from the span's start.
 struct Work<'a> {
     job: &'a Job<'a>,
-    /// The first page.
-    pages: usize,
-    /// The positions that each query sees.
-    seen: Vec<Range<usize>>,
-    /// `(queries, SPAN)`: products, then weights.
-    scores: Vec<f32>,
-    part: Part,
+    start: usize,
+    /// Positions, whole pages.
+    len: usize,
+    scores: &'a mut [f32],
+    /// The outcome.
+    part: &'a mut [f32],
 }
 
 impl Work<'_> {
+    fn run(&mut self, level: Level) {
+        let count = self.job.queries();
+        let dims = self.job.dims();
+        for part in self.part.chunks_exact_mut(dims + 2) {
+            part.fill(0.0);
+            part[dims] = f32::NEG_INFINITY;
+        }
+        let mut first = 0;
+        while first < count {
+            let rows = (count - first).min(ROWS);
+            tiled!(level, rows, self.score(level, first));
+            // What all of them see is summed together, what is left before and after alone: the order is the same.
+            let (mut start, mut end) = (0, self.len);
+            for i in first..first + rows {
+                level.run(Soften { work: self, i });
+                let seen = self.seen(i);
+                (start, end) = (start.max(seen.start), end.min(seen.end));
+            }
+            end = end.max(start);
+            for i in first..first + rows {
+                let seen = self.seen(i);
+                tiled!(level, 1, self.sum(level, i, seen.start..seen.end.min(start)));
+            }
+            tiled!(level, rows, self.sum(level, first, start..end));
+            for i in first..first + rows {
+                let seen = self.seen(i);
+                tiled!(level, 1, self.sum(level, i, seen.start.max(end)..seen.end));
+            }
+            first += rows;
+        }
+    }
+
+    /// The positions that a query sees.
+    #[inline(always)]
+    fn seen(&self, i: usize) -> Range<usize> {
+        let Range { start, end } = self.job.query(i).seen;
+        start.clamp(self.start, self.start + self.len) - self.start..end.clamp(self.start, self.start + self.len) - self.start
+    }
+
     /// The products of `R` queries with all pages that one of them sees, a page being a panel of 16 positions.
-    fn score<const R: usize, const C: usize>(&mut self, first: usize) {
-        let seen = self.seen[first..first + R].iter().filter(|seen| !seen.is_empty());
-        let (start, end) = seen.fold((SPAN, 0), |(start, end), seen| (start.min(seen.start), end.max(seen.end)));
+    fn score<const R: usize, const C: usize>(&mut self, level: Level, first: usize) {
+        level.run(Score::<R, C> { work: self, first });
+    }
+
+    /// Adds the values of `positions` to the rows of `R` queries, with their weights.
+    fn sum<const R: usize, const C: usize>(&mut self, level: Level, first: usize, positions: Range<usize>) {
+        if !positions.is_empty() {
+            level.run(Sum::<R, C> { work: self, first, positions });
+        }
+    }
+}
+
+struct Score<'a, 'b, const R: usize, const C: usize> {
+    work: &'a mut Work<'b>,
+    first: usize,
+}
+
+impl<const R: usize, const C: usize> Task for Score<'_, '_, R, C> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(mut self, isa: I) {
+        let (mut start, mut end) = (self.work.len, 0);
+        for i in self.first..self.first + R {
+            let seen = self.work.seen(i);
+            if !seen.is_empty() {
+                (start, end) = (start.min(seen.start), end.max(seen.end));
+            }
+        }
         let (mut page, end) = (start / PAGE, end.div_ceil(PAGE));
         while page + C <= end {
-            self.score_pages::<R, C>(first, page);
+            self.pages::<I, C>(isa, page);
             page += C;
         }
-        for page in page..end {
-            self.score_pages::<R, 1>(first, page);
+        while page < end {
+            self.pages::<I, 1>(isa, page);
+            page += 1;
         }
     }
+}
 
-    fn score_pages<const R: usize, const C: usize>(&mut self, first: usize, page: usize) {
-        let job = self.job;
-        let rows = from_fn(|r| job.queries[first + r].x);
-        let keys = from_fn(|c| job.store.page(self.pages + page + c).keys(job.layer, job.head));
-        let sums: Sums<R, C> = job.level.run(Tile { rows, steps: &[keys], sums: [[[0.0; LANES]; C]; R] });
-        for (r, sums) in sums.iter().enumerate() {
-            let to = &mut self.scores[(first + r) * SPAN + page * PAGE..][..C * PAGE];
-            to.copy_from_slice(sums.as_flattened());
+impl<const R: usize, const C: usize> Score<'_, '_, R, C> {
+    #[inline(always)]
+    fn pages<I: Isa, const N: usize>(&mut self, isa: I, page: usize) {
+        let (work, first) = (&mut *self.work, self.first);
+        let job = work.job;
+        let mut rows = [job.query(first).x; R];
+        for r in 1..R {
+            rows[r] = job.query(first + r).x;
+        }
+        let keys = |c| job.row.store.page(work.start / PAGE + page + c).keys(job.layer, job.head);
+        let mut panels = [keys(0); N];
+        for c in 1..N {
+            panels[c] = keys(c);
+        }
+        let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
+        multiply::<I, _, R, N>(isa, rows, panels, &mut sums);
+        for r in 0..R {
+            let to = work.scores[(first + r) * work.len + page * PAGE..][..N * PAGE].as_chunks_mut().0;
+            for c in 0..N {
+                isa.store(sums[r][c], &mut to[c]);
+            }
         }
     }
+}
 
-    /// Turns the scores of query `i` into weights.
-    fn soften(&mut self, i: usize) {
-        let Range { start, end } = self.seen[i];
+/// Turns the scores of query `i`, whole pages of them, into weights `e^(score - max)`, 0 where it does not see; notes the largest
+/// score and the sum of the weights.
+struct Soften<'a, 'b> {
+    work: &'a mut Work<'b>,
+    i: usize,
+}
+
+impl Task for Soften<'_, '_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        let Self { work, i } = self;
+        let Range { start, end } = work.seen(i);
         if start >= end {
             return;
         }
         // Whole pages, so that a position is always in the same lane.
         let first = start / PAGE * PAGE;
-        let scores = &mut self.scores[i * SPAN..][first..end.next_multiple_of(PAGE)];
-        let Attention { scale, softcap, .. } = *self.job.attention;
-        let bias = (self.job.queries[i].bias, self.pages * PAGE + first);
-        (self.part.max[i], self.part.sum[i]) =
-            self.job.level.run(Soften { scores, seen: start - first..end - first, scale, softcap, bias });
-    }
-
-    /// Adds the values of `positions` to the rows of `R` queries, with their weights.
-    fn sum<const R: usize, const C: usize>(&mut self, first: usize, positions: Range<usize>) {
-        if positions.is_empty() {
-            return;
-        }
-        let (mut panel, end) = (0, self.job.width() / LANES);
-        while panel + C <= end {
-            self.sum_panels::<R, C>(first, positions.clone(), panel);
-            panel += C;
-        }
-        for panel in panel..end {
-            self.sum_panels::<R, 1>(first, positions.clone(), panel);
-        }
-    }
-
-    fn sum_panels<const R: usize, const C: usize>(&mut self, first: usize, positions: Range<usize>, panel: usize) {
-        let (job, width) = (self.job, self.job.width());
-        let (from, to) = (positions.start / PAGE, positions.end.div_ceil(PAGE));
-        let mut steps: [[&[F32]; C]; SPAN / PAGE] = [[&[]; C]; SPAN / PAGE];
-        for (page, step) in (from..to).zip(&mut steps) {
-            let inside = positions.start.max(page * PAGE) - page * PAGE..positions.end.min((page + 1) * PAGE) - page * PAGE;
-            let page = job.store.page(self.pages + page);
-            *step = from_fn(|c| &page.values(job.layer, job.head, panel + c)[inside.clone()]);
-        }
-        let rows = from_fn(|r| &self.scores[(first + r) * SPAN..][positions.clone()]);
-        let place = |r: usize| (first + r) * width + panel * LANES;
-        let mut sums = [[[0.0; LANES]; C]; R];
-        for (r, sums) in sums.iter_mut().enumerate() {
-            sums.as_flattened_mut().copy_from_slice(&self.part.rows[place(r)..][..C * LANES]);
-        }
-        let sums: Sums<R, C> = job.level.run(Tile { rows, steps: &steps[..to - from], sums });
-        for (r, sums) in sums.iter().enumerate() {
-            self.part.rows[place(r)..][..C * LANES].copy_from_slice(sums.as_flattened());
-        }
-    }
-}
-
-/// Turns scores, whole pages of them, into `e^(score - max)`, 0 outside `seen`; returns the max and the sum.
-struct Soften<'a> {
-    scores: &'a mut [f32],
-    seen: Range<usize>,
-    scale: f32,
-    softcap: Option<f32>,
-    /// With the position of the first score.
-    bias: (HeadBias<'a>, usize),
-}
-
-impl Task for Soften<'_> {
-    type Out = (f32, f32);
-
-    #[inline(always)]
-    fn run<I: Isa>(self, _: I) -> (f32, f32) {
-        let Self { scores, seen, scale, softcap, bias } = self;
+        let scores = &mut work.scores[i * work.len..][first..end.next_multiple_of(PAGE)];
+        let Attention { scale, softcap, .. } = *work.job.attention;
         for score in scores.iter_mut() {
             *score *= scale;
         }
@@ -328,10 +421,10 @@ impl Task for Soften<'_> {
                 *score = cap * math::tanh(*score / cap);
             }
         }
-        bias.0.add(scores, bias.1);
+        work.job.query(i).bias.add(scores, work.start + first);
         // Also hides what an unwritten or later position holds.
-        scores[..seen.start].fill(f32::NEG_INFINITY);
-        scores[seen.end..].fill(f32::NEG_INFINITY);
+        scores[..start - first].fill(f32::NEG_INFINITY);
+        scores[end - first..].fill(f32::NEG_INFINITY);
         let mut lanes = [f32::NEG_INFINITY; LANES];
         for line in scores.as_chunks::<LANES>().0 {
             for (lane, &score) in lanes.iter_mut().zip(line) {
@@ -342,14 +435,80 @@ impl Task for Soften<'_> {
         for score in scores.iter_mut() {
             *score = math::exp(*score - max);
         }
-        (max, math::sum(scores, |score, sum| sum + score))
+        let (dims, stride) = (work.job.dims(), work.job.stride());
+        work.part[i * stride + dims] = max;
+        work.part[i * stride + dims + 1] = math::sum(scores, |score, sum| sum + score);
+    }
+}
+
+struct Sum<'a, 'b, const R: usize, const C: usize> {
+    work: &'a mut Work<'b>,
+    first: usize,
+    positions: Range<usize>,
+}
+
+impl<const R: usize, const C: usize> Task for Sum<'_, '_, R, C> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(mut self, isa: I) {
+        let (mut panel, end) = (0, self.work.job.dims() / LANES);
+        while panel + C <= end {
+            self.panels::<I, C>(isa, panel);
+            panel += C;
+        }
+        while panel < end {
+            self.panels::<I, 1>(isa, panel);
+            panel += 1;
+        }
+    }
+}
+
+impl<const R: usize, const C: usize> Sum<'_, '_, R, C> {
+    #[inline(always)]
+    fn panels<I: Isa, const N: usize>(&mut self, isa: I, panel: usize) {
+        let (work, first, positions) = (&mut *self.work, self.first, &self.positions);
+        let (job, stride) = (work.job, work.job.stride());
+        let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
+        for r in 0..R {
+            let from = work.part[(first + r) * stride + panel * LANES..][..N * LANES].as_chunks().0;
+            for c in 0..N {
+                sums[r][c] = isa.load(&from[c]);
+            }
+        }
+        let mut at = positions.start;
+        while at < positions.end {
+            let page = job.row.store.page((work.start + at) / PAGE);
+            let count = (PAGE - at % PAGE).min(positions.end - at);
+            let mut rows = [&[][..]; R];
+            for r in 0..R {
+                rows[r] = &work.scores[(first + r) * work.len + at..][..count];
+            }
+            let values = |c| &page.values(job.layer, job.head, panel + c)[at % PAGE..][..count];
+            let mut panels = [values(0); N];
+            for c in 1..N {
+                panels[c] = values(c);
+            }
+            multiply::<I, _, R, N>(isa, rows, panels, &mut sums);
+            at += count;
+        }
+        for r in 0..R {
+            let to = work.part[(first + r) * stride + panel * LANES..][..N * LANES].as_chunks_mut().0;
+            for c in 0..N {
+                isa.store(sums[r][c], &mut to[c]);
+            }
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::super::{Act, CpuOps, isa::tests::vectorised, noise};
+    use super::super::{
+        Act,
+        isa::{Level, tests::vectorised},
+        noise, ops,
+    };
     use super::*;
     use crate::{
         kernels::{Alibi, Bias, Ops, Relative, Rope, Sight, StoreShape},
@@ -368,7 +527,7 @@ mod tests {
             let scale = 1.7 / (head_dim as f32).sqrt();
             let attention = Attention { heads, kv_heads, head_dim, scale, softcap: None, sight: Sight::Causal, bias: Bias::None };
             let inv_freq = (0..pairs).map(|i| 0.3f32.powi(i as i32)).collect();
-            Self { attention, rope: (pairs > 0).then_some(Rope { inv_freq, scale: 1.1 }), level: Level::best() }
+            Self { attention, rope: (pairs > 0).then_some(Rope { inv_freq, scale: 1.1 }), level: Level::best(None) }
         }
 
         fn width(&self) -> usize {
@@ -386,7 +545,7 @@ mod tests {
 
         /// One pass: the new tokens of each row, and its store.
         fn pass(&self, rows: &mut [(&[f32], &mut Pages)]) -> Vec<f32> {
-            let ops = CpuOps { level: self.level };
+            let ops = ops(self.level, 2);
             let data: Vec<f32> = rows.iter().flat_map(|(tokens, _)| *tokens).copied().collect();
             let counts: Vec<_> = rows.iter().map(|(tokens, _)| tokens.len() / self.width()).collect();
             let turns =
@@ -398,10 +557,11 @@ mod tests {
                 spans.push(Span { first, count, store: &mut **store });
                 first += count;
             }
-            let qkv = Act { data, width: self.width() };
+            let mut qkv = ops.act(data.len() / self.width(), self.width());
+            qkv.data.copy_from_slice(&data);
             let y = ops.attend(&self.attention, 1, qkv, angles.as_ref(), &mut spans).unwrap();
             spans.iter_mut().for_each(|span| span.store.grow(span.count));
-            y.data
+            y.data.to_vec()
         }
 
         /// Feeds `tokens` in pieces of `sizes`, the last size repeated.

@@ -25,66 +25,86 @@ pub(crate) trait Isa: Copy {
     fn store(self, lanes: Self::Lanes, to: &mut [f32; LANES]);
     /// `lanes * x + sum` in every lane, rounded once.
     fn mul_add(self, lanes: Self::Lanes, x: f32, sum: Self::Lanes) -> Self::Lanes;
-    /// Widens bf16 values.
-    fn brains(self, bits: &[u16; LANES]) -> Self::Lanes;
+    /// Widens value 0 or 1 of each pair of bf16 values.
+    fn brains(self, pairs: &[u16; 2 * LANES], value: usize) -> Self::Lanes;
     /// Widens f16 values.
     fn halves(self, bits: &[u16; LANES]) -> Self::Lanes;
+    /// Asks for a cache line that is read soon. Any address will do.
+    fn prefetch(self, from: *const u8);
+}
+
+/// The instructions that kernels may use, each kind with all before it.
+///
+/// In f32 arithmetic the results are the same bits with each; in bf16 arithmetic those that multiply bf16 round otherwise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Instructions {
+    /// What every processor of the target has.
+    Portable,
+    /// AVX2, FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+    /// AVX-512 BF16: products of bf16.
+    Avx512Bf16,
+    /// AMX BF16: products of tiles of bf16.
+    Amx,
 }
 
 /// An instruction set that this processor has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Level(Set);
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Set {
-    Portable,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-}
+pub(super) struct Level(Instructions);
 
 impl Level {
     /// The baseline of the target.
-    pub(super) const PORTABLE: Self = Self(Set::Portable);
+    pub(super) const PORTABLE: Self = Self(Instructions::Portable);
 
     /// All that this processor has, the best last.
     pub(super) fn all() -> Vec<Self> {
         #[allow(unused_mut)]
         let mut all = vec![Self::PORTABLE];
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
-            all.push(Self(Set::Avx2));
-            let wide = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
-            if wide && is_x86_feature_detected!("avx512dq") && is_x86_feature_detected!("avx512vl") {
-                all.push(Self(Set::Avx512));
-            }
+        {
+            let avx2 = || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+            let narrow = || is_x86_feature_detected!("avx512dq") && is_x86_feature_detected!("avx512vl");
+            let avx512 = || is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && narrow();
+            let bf16 = || is_x86_feature_detected!("avx512bf16");
+            let checks: [(Instructions, &dyn Fn() -> bool); 4] = [
+                (Instructions::Avx2, &avx2),
+                (Instructions::Avx512, &avx512),
+                (Instructions::Avx512Bf16, &bf16),
+                (Instructions::Amx, &super::amx::detected),
+            ];
+            all.extend(checks.iter().take_while(|(_, check)| check()).map(|(set, _)| Self(*set)));
         }
         all
     }
 
-    /// The best that this processor has.
-    pub(super) fn best() -> Self {
-        Self::all().pop().unwrap_or(Self::PORTABLE)
+    /// The best that this processor has, but for what is above `most`.
+    pub(super) fn best(most: Option<Instructions>) -> Self {
+        let all = Self::all().into_iter().filter(|level| most.is_none_or(|most| level.0 <= most));
+        all.last().unwrap_or(Self::PORTABLE)
     }
 
     /// Whether there are 32 registers of 16 lanes, rather than 16 of 8 or the like.
     pub(super) fn is_wide(self) -> bool {
-        #[cfg(target_arch = "x86_64")]
-        return self.0 == Set::Avx512;
-        #[cfg(not(target_arch = "x86_64"))]
-        false
+        self.0 >= Instructions::Avx512
+    }
+
+    /// What it is.
+    pub(super) fn instructions(self) -> Instructions {
+        self.0
     }
 
     pub(super) fn run<T: Task>(self, task: T) -> T::Out {
         match self.0 {
-            Set::Portable => task.run(Portable),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: this value comes from `all`, which has found AVX2, FMA and F16C.
-            Set::Avx2 => unsafe { x86::avx2(task) },
+            Instructions::Avx2 => unsafe { x86::avx2(task) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: this value comes from `all`, which has found AVX-512 F, BW, DQ and VL beside AVX2, FMA and F16C.
-            Set::Avx512 => unsafe { x86::avx512(task) },
+            Instructions::Avx512 | Instructions::Avx512Bf16 | Instructions::Amx => unsafe { x86::avx512(task) },
+            _ => task.run(Portable),
         }
     }
 }
@@ -114,14 +134,21 @@ impl Isa for Portable {
     }
 
     #[inline(always)]
-    fn brains(self, bits: &[u16; LANES]) -> [f32; LANES] {
-        bits.map(|bits| bf16::from_bits(bits).to_f32())
+    fn brains(self, pairs: &[u16; 2 * LANES], value: usize) -> [f32; LANES] {
+        let mut lanes = [0.0; LANES];
+        for (lane, pair) in lanes.iter_mut().zip(pairs.as_chunks::<2>().0) {
+            *lane = bf16::from_bits(pair[value % 2]).to_f32();
+        }
+        lanes
     }
 
     #[inline(always)]
     fn halves(self, bits: &[u16; LANES]) -> [f32; LANES] {
         bits.map(|bits| f16::from_bits(bits).to_f32())
     }
+
+    #[inline(always)]
+    fn prefetch(self, _: *const u8) {}
 }
 
 #[cfg(test)]
@@ -131,8 +158,8 @@ pub(super) mod tests {
     /// All but the portable one; says what this processor cannot test.
     pub(in crate::kernels::cpu) fn vectorised() -> Vec<Level> {
         let levels = Level::all().split_off(1);
-        for (at, name) in ["avx2", "avx512"].into_iter().enumerate().skip(levels.len()) {
-            eprintln!("skipped: instruction set {} ({name}) is not on this processor", at + 1);
+        for name in ["avx2", "avx512", "avx512bf16", "amx"].into_iter().skip(levels.len()) {
+            eprintln!("skipped: this processor has no {name}");
         }
         levels
     }
@@ -140,13 +167,18 @@ pub(super) mod tests {
     struct Widen([u16; LANES]);
 
     impl Task for Widen {
-        type Out = [[f32; LANES]; 2];
+        type Out = [[f32; LANES]; 3];
 
         #[inline(always)]
         fn run<I: Isa>(self, isa: I) -> Self::Out {
-            let mut out = [[0.0; LANES]; 2];
-            isa.store(isa.brains(&self.0), &mut out[0]);
-            isa.store(isa.halves(&self.0), &mut out[1]);
+            let mut out = [[0.0; LANES]; 3];
+            let mut pairs = [0; 2 * LANES];
+            for (pair, bits) in pairs.chunks_exact_mut(2).zip(self.0) {
+                pair.copy_from_slice(&[bits, !bits]);
+            }
+            isa.store(isa.brains(&pairs, 0), &mut out[0]);
+            isa.store(isa.brains(&pairs, 1), &mut out[1]);
+            isa.store(isa.halves(&self.0), &mut out[2]);
             out
         }
     }

@@ -1,4 +1,4 @@
-//! Sixteen values side by side: the unit that weights and pages are stored in.
+//! Sixteen outputs side by side: the unit that weights and pages are stored in.
 
 use super::isa::Isa;
 use candle_core::DType;
@@ -7,36 +7,60 @@ use half::{bf16, f16};
 /// Values of a line. Every reduction runs in this many virtual lanes, whatever the registers' width.
 pub(crate) const LANES: usize = 16;
 
-/// Sixteen f32 values, one cache line.
+/// Sixteen f32 values of one input, a cache line.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[repr(C, align(64))]
 pub(crate) struct F32(pub [f32; LANES]);
 
-/// Sixteen bf16 values.
+/// Sixteen bf16 values of each of two inputs, a cache line. Those of a lane lie together: widening takes one shift or mask, and
+/// units that multiply bf16 want them so.
 #[derive(Debug, Clone, Copy)]
-#[repr(C, align(32))]
-pub(crate) struct Bf16(pub [u16; LANES]);
+#[repr(C, align(64))]
+pub(crate) struct Bf16(pub [u16; 2 * LANES]);
 
-/// Sixteen f16 values.
+/// Sixteen f16 values of one input.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(32))]
 pub(crate) struct F16(pub [u16; LANES]);
 
+/// Inputs that a panel of bf16 is filled up to: what the units take at once.
+const BLOCK: usize = 32;
+
 /// A line of any type, read as f32. Widening is exact, so the type costs bandwidth and never accuracy.
 pub(crate) trait Line: Copy + Send + Sync {
     const ZERO: Self;
+    /// Inputs that a line has values of.
+    const INPUTS: usize;
+    /// The lines of two inputs.
+    type Pair;
 
-    /// Copies values from `bytes`, little-endian of `dtype`: lane `lane` of line `i` comes from byte `start + i * stride`.
-    fn fill(lines: &mut [Self], lane: usize, dtype: DType, bytes: &[u8], start: usize, stride: usize);
-    fn get(&self, lane: usize) -> f32;
-    fn widen<I: Isa>(&self, isa: I) -> I::Lanes;
+    /// Lines of a panel of so many inputs.
+    fn count(inputs: usize) -> usize;
+    /// Copies one lane of a panel, `inputs` values, from `bytes`, little-endian of `dtype`: that of input `i` comes from byte
+    /// `start + i * stride`.
+    fn fill(panel: &mut [Self], lane: usize, inputs: usize, dtype: DType, bytes: &[u8], start: usize, stride: usize);
+    /// The value of an input.
+    fn get(panel: &[Self], lane: usize, input: usize) -> f32;
+    /// The lines of the first `inputs` two by two, and what the last has where their number is odd.
+    fn pairs(panel: &[Self], inputs: usize) -> (&[Self::Pair], &[Self]);
+    /// Input 0 or 1 of a pair.
+    fn widen<I: Isa>(pair: &Self::Pair, input: usize, isa: I) -> I::Lanes;
+    /// The first input of a line.
+    fn first<I: Isa>(&self, isa: I) -> I::Lanes;
 }
 
 impl Line for F32 {
     const ZERO: Self = Self([0.0; LANES]);
+    const INPUTS: usize = 1;
+    type Pair = [Self; 2];
+
+    fn count(inputs: usize) -> usize {
+        inputs
+    }
 
     /// Takes any type: parts of different types are stacked as f32.
-    fn fill(lines: &mut [Self], lane: usize, dtype: DType, bytes: &[u8], start: usize, stride: usize) {
+    fn fill(panel: &mut [Self], lane: usize, inputs: usize, dtype: DType, bytes: &[u8], start: usize, stride: usize) {
+        let lines = &mut panel[..inputs];
         match dtype {
             DType::BF16 => copy(lines, bytes, start, stride, |line, bytes| line.0[lane] = bf16::from_le_bytes(bytes).to_f32()),
             DType::F16 => copy(lines, bytes, start, stride, |line, bytes| line.0[lane] = f16::from_le_bytes(bytes).to_f32()),
@@ -44,55 +68,125 @@ impl Line for F32 {
         }
     }
 
-    fn get(&self, lane: usize) -> f32 {
-        self.0[lane]
+    fn get(panel: &[Self], lane: usize, input: usize) -> f32 {
+        panel[input].0[lane]
     }
 
     #[inline(always)]
-    fn widen<I: Isa>(&self, isa: I) -> I::Lanes {
+    fn pairs(panel: &[Self], inputs: usize) -> (&[[Self; 2]], &[Self]) {
+        panel[..inputs].as_chunks()
+    }
+
+    #[inline(always)]
+    fn widen<I: Isa>(pair: &[Self; 2], input: usize, isa: I) -> I::Lanes {
+        isa.load(&pair[input].0)
+    }
+
+    #[inline(always)]
+    fn first<I: Isa>(&self, isa: I) -> I::Lanes {
         isa.load(&self.0)
     }
 }
 
 impl Line for Bf16 {
-    const ZERO: Self = Self([0; LANES]);
+    const ZERO: Self = Self([0; 2 * LANES]);
+    const INPUTS: usize = 2;
+    type Pair = Self;
 
-    fn fill(lines: &mut [Self], lane: usize, _: DType, bytes: &[u8], start: usize, stride: usize) {
-        copy(lines, bytes, start, stride, |line, bytes| line.0[lane] = u16::from_le_bytes(bytes));
+    fn count(inputs: usize) -> usize {
+        inputs.div_ceil(BLOCK) * (BLOCK / 2)
     }
 
-    fn get(&self, lane: usize) -> f32 {
-        bf16::from_bits(self.0[lane]).to_f32()
+    /// Takes any type, rounded to the nearest.
+    fn fill(panel: &mut [Self], lane: usize, inputs: usize, dtype: DType, bytes: &[u8], start: usize, stride: usize) {
+        let mut input = 0;
+        let mut next = |bits| {
+            panel[input / 2].0[2 * lane + input % 2] = bits;
+            input += 1;
+        };
+        match dtype {
+            DType::F32 => each(inputs, bytes, start, stride, |bytes| next(bf16::from_f32(f32::from_le_bytes(bytes)).to_bits())),
+            DType::F16 => each(inputs, bytes, start, stride, |bytes| next(bf16::from_f32(f16::from_le_bytes(bytes).to_f32()).to_bits())),
+            _ => each(inputs, bytes, start, stride, |bytes| next(u16::from_le_bytes(bytes))),
+        }
+    }
+
+    fn get(panel: &[Self], lane: usize, input: usize) -> f32 {
+        bf16::from_bits(panel[input / 2].0[2 * lane + input % 2]).to_f32()
     }
 
     #[inline(always)]
-    fn widen<I: Isa>(&self, isa: I) -> I::Lanes {
-        isa.brains(&self.0)
+    fn pairs(panel: &[Self], inputs: usize) -> (&[Self], &[Self]) {
+        panel[..inputs.div_ceil(2)].split_at(inputs / 2)
+    }
+
+    #[inline(always)]
+    fn widen<I: Isa>(pair: &Self, input: usize, isa: I) -> I::Lanes {
+        isa.brains(&pair.0, input)
+    }
+
+    #[inline(always)]
+    fn first<I: Isa>(&self, isa: I) -> I::Lanes {
+        isa.brains(&self.0, 0)
     }
 }
 
 impl Line for F16 {
     const ZERO: Self = Self([0; LANES]);
+    const INPUTS: usize = 1;
+    type Pair = [Self; 2];
 
-    fn fill(lines: &mut [Self], lane: usize, _: DType, bytes: &[u8], start: usize, stride: usize) {
-        copy(lines, bytes, start, stride, |line, bytes| line.0[lane] = u16::from_le_bytes(bytes));
+    fn count(inputs: usize) -> usize {
+        inputs
     }
 
-    fn get(&self, lane: usize) -> f32 {
-        f16::from_bits(self.0[lane]).to_f32()
+    /// Takes any type, rounded to the nearest.
+    fn fill(panel: &mut [Self], lane: usize, inputs: usize, dtype: DType, bytes: &[u8], start: usize, stride: usize) {
+        let lines = &mut panel[..inputs];
+        match dtype {
+            DType::F32 => {
+                copy(lines, bytes, start, stride, |line, bytes| line.0[lane] = f16::from_f32(f32::from_le_bytes(bytes)).to_bits())
+            }
+            DType::BF16 => {
+                copy(lines, bytes, start, stride, |line, bytes| line.0[lane] = f16::from_f32(bf16::from_le_bytes(bytes).to_f32()).to_bits())
+            }
+            _ => copy(lines, bytes, start, stride, |line, bytes| line.0[lane] = u16::from_le_bytes(bytes)),
+        }
+    }
+
+    fn get(panel: &[Self], lane: usize, input: usize) -> f32 {
+        f16::from_bits(panel[input].0[lane]).to_f32()
     }
 
     #[inline(always)]
-    fn widen<I: Isa>(&self, isa: I) -> I::Lanes {
+    fn pairs(panel: &[Self], inputs: usize) -> (&[[Self; 2]], &[Self]) {
+        panel[..inputs].as_chunks()
+    }
+
+    #[inline(always)]
+    fn widen<I: Isa>(pair: &[Self; 2], input: usize, isa: I) -> I::Lanes {
+        isa.halves(&pair[input].0)
+    }
+
+    #[inline(always)]
+    fn first<I: Isa>(&self, isa: I) -> I::Lanes {
         isa.halves(&self.0)
     }
 }
 
 fn copy<L, const SIZE: usize>(lines: &mut [L], bytes: &[u8], start: usize, stride: usize, set: impl Fn(&mut L, [u8; SIZE])) {
-    for (i, line) in lines.iter_mut().enumerate() {
+    let mut input = 0;
+    each(lines.len(), bytes, start, stride, |value| {
+        set(&mut lines[input], value);
+        input += 1;
+    });
+}
+
+fn each<const SIZE: usize>(count: usize, bytes: &[u8], start: usize, stride: usize, mut take: impl FnMut([u8; SIZE])) {
+    for i in 0..count {
         let from = start + i * stride;
         let mut value = [0; SIZE];
         value.copy_from_slice(&bytes[from..from + SIZE]);
-        set(line, value);
+        take(value);
     }
 }

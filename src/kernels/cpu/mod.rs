@@ -1,5 +1,6 @@
 //! The fused operations for the CPU: f32 arithmetic on weights of the file's type, with the same bits in any company.
 
+mod amx;
 mod attention;
 mod isa;
 pub(crate) mod line;
@@ -7,6 +8,7 @@ mod math;
 mod panels;
 mod pointwise;
 mod rope;
+mod scratch;
 mod threads;
 mod tile;
 #[cfg(target_arch = "x86_64")]
@@ -19,26 +21,50 @@ use crate::{
     model::{Room, Values},
 };
 use attention::Reader;
+pub use isa::Instructions;
 use isa::Level;
-use std::ops::Range;
+use scratch::{Buffer, Scratch};
+use std::{ops::Range, sync::Arc};
+use threads::Team;
 
 /// The operations on this processor.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct CpuOps {
     level: Level,
+    team: Arc<Team>,
+    scratch: Arc<Scratch>,
+    /// Positions whose softmax is computed at once.
+    span: usize,
 }
 
 /// Activations, `(tokens, width)`, row-major.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub(crate) struct Act {
-    data: Vec<f32>,
+    data: Buffer,
     width: usize,
 }
 
 impl CpuOps {
-    /// With the best instruction set of this processor.
-    pub(crate) fn new() -> Self {
-        Self { level: Level::best() }
+    /// On so many threads, by default as many as there are cores, and with the best instructions of this processor up to `most`.
+    pub(crate) fn new(threads: Option<usize>, most: Option<Instructions>) -> Self {
+        let team = Team::of(threads.unwrap_or_else(threads::cores));
+        Self { level: Level::best(most), team, scratch: Arc::default(), span: attention::SPAN }
+    }
+
+    /// How it computes, for people.
+    pub(crate) fn describe(&self) -> String {
+        format!("{:?} on {} threads", self.level.instructions(), self.team.threads())
+    }
+
+    /// Activations of `tokens` times `width` values, to be written.
+    fn act(&self, tokens: usize, width: usize) -> Act {
+        Act { data: self.scratch.take(tokens * width), width }
+    }
+}
+
+impl Act {
+    fn tokens(&self) -> usize {
+        self.data.len() / self.width.max(1)
     }
 }
 
@@ -49,13 +75,14 @@ impl Ops for CpuOps {
     type Angles = rope::Angles;
     type Store = Pages;
 
-    /// On a thread of rayon's: from there, splitting an operation costs a tenth of a microsecond instead of ten or more.
     fn pass<R: Send>(&self, work: impl FnOnce() -> Result<R> + Send) -> Result<R> {
-        rayon::scope(|_| work())
+        let result = self.team.hold(work);
+        self.scratch.shrink();
+        result
     }
 
-    fn weight(&self, parts: &[Matrix<'_>], bias: Option<&[f32]>) -> Result<panels::Weight> {
-        panels::Weight::pack(parts, bias)
+    fn weight(&self, parts: &[Matrix<'_>], bias: Option<&[f32]>, done: &dyn Fn(&[u8])) -> Result<panels::Weight> {
+        panels::Weight::pack(&self.team, parts, bias, None, done)
     }
 
     fn weight_bytes(&self, weight: &panels::Weight) -> u64 {
@@ -71,26 +98,39 @@ impl Ops for CpuOps {
     }
 
     fn embed(&self, table: &panels::Weight, ids: &[u32]) -> Result<Act> {
-        Ok(Act { data: table.rows(ids), width: table.inputs() })
+        let mut x = self.act(ids.len(), table.inputs());
+        table.rows(&self.team, ids, &mut x.data);
+        Ok(x)
     }
 
     fn linear(&self, weight: &panels::Weight, x: &Act) -> Result<Act> {
         debug_assert_eq!(weight.inputs(), x.width);
-        Ok(Act { data: weight.product(self.level, &x.data), width: weight.outputs() })
+        let mut y = self.act(x.tokens(), weight.outputs());
+        weight.product(self, &x.data, &mut y.data, None);
+        Ok(y)
+    }
+
+    fn linear_onto(&self, weight: &panels::Weight, x: &Act, mut onto: Act) -> Result<Act> {
+        debug_assert_eq!((weight.inputs(), weight.outputs()), (x.width, onto.width));
+        let mut y = self.act(x.tokens(), weight.outputs());
+        weight.product(self, &x.data, &mut y.data, Some(&mut onto.data));
+        Ok(onto)
     }
 
     fn norm(&self, norm: &Norm<Vec<f32>>, x: &Act) -> Result<Act> {
-        Ok(Act { data: pointwise::norm(self.level, norm, &x.data, x.width), width: x.width })
+        let mut y = self.act(x.tokens(), x.width);
+        pointwise::norm(self, norm, &x.data, x.width, &mut y.data);
+        Ok(y)
     }
 
     fn norm_part(&self, norm: &Norm<Vec<f32>>, mut x: Act, first: usize, group: usize) -> Result<Act> {
-        pointwise::norm_part(self.level, norm, &mut x.data, x.width, first, group);
+        pointwise::norm_part(self, norm, &mut x.data, x.width, first, group);
         Ok(x)
     }
 
     fn add(&self, mut x: Act, y: &Act) -> Result<Act> {
         debug_assert_eq!(x.data.len(), y.data.len());
-        x.data.iter_mut().zip(&y.data).for_each(|(x, y)| *x += y);
+        pointwise::add(self, &mut x.data, &y.data);
         Ok(x)
     }
 
@@ -100,29 +140,32 @@ impl Ops for CpuOps {
     }
 
     fn activate(&self, activation: Activation, mut x: Act) -> Result<Act> {
-        pointwise::activate(self.level, activation, &mut x.data, x.width);
+        pointwise::activate(self, activation, &mut x.data, x.width);
         Ok(x)
     }
 
     fn gate(&self, activation: Activation, x: Act) -> Result<Act> {
-        Ok(Act { data: pointwise::gate(self.level, activation, &x.data, x.width), width: x.width / 2 })
+        let mut y = self.act(x.tokens(), x.width / 2);
+        pointwise::gate(self, activation, &x.data, x.width, &mut y.data);
+        Ok(y)
     }
 
     fn route(&self, logits: &Act, top: usize, renormalise: bool) -> Result<Vec<Picks>> {
-        let mut shares = logits.data.clone();
-        pointwise::softmax(self.level, &mut shares, logits.width);
-        Ok(pick(&shares, logits.width, top, renormalise))
+        let mut shares = logits.clone();
+        pointwise::softmax(self, &mut shares.data, logits.width);
+        Ok(pick(&shares.data, logits.width, top, renormalise))
     }
 
     fn mix(&self, count: usize, parts: &[(Picks, Act)]) -> Result<Act> {
         let width = parts.first().map_or(0, |(_, x)| x.width);
-        let mut data = vec![0.0; count * width];
+        let mut y = self.act(count, width);
+        y.data.fill(0.0);
         for (picks, x) in parts {
             for ((&token, share), x) in picks.tokens.iter().zip(&picks.shares).zip(x.data.chunks(width.max(1))) {
-                data[token * width..][..width].iter_mut().zip(x).for_each(|(y, x)| *y += x * share);
+                y.data[token * width..][..width].iter_mut().zip(x).for_each(|(y, x)| *y += x * share);
             }
         }
-        Ok(Act { data, width })
+        Ok(y)
     }
 
     fn angles(&self, rows: &[(&Rope, Range<usize>)]) -> Result<rope::Angles> {
@@ -139,41 +182,54 @@ impl Ops for CpuOps {
     ) -> Result<Act> {
         debug_assert_eq!(qkv.width, (attention.heads + 2 * attention.kv_heads) * attention.head_dim);
         if let Some(angles) = angles {
-            rope::rotate(self.level, attention, angles, &mut qkv.data);
+            rope::rotate(self, attention, angles, &mut qkv.data);
         }
-        attention::write(attention, layer, &qkv.data, qkv.width, rows)?;
+        attention::write(self, attention, layer, &qkv.data, qkv.width, rows)?;
         let rows: Vec<_> = rows.iter().map(Reader::own).collect();
-        let data = attention::attend(self.level, attention, layer, &qkv.data, qkv.width, &rows);
-        Ok(Act { data, width: attention.heads * attention.head_dim })
+        let mut y = self.act(qkv.tokens(), attention.heads * attention.head_dim);
+        attention::attend(self, attention, layer, &qkv.data, qkv.width, &rows, &mut y.data);
+        Ok(y)
     }
 
     fn fill(&self, attention: &Attention, layer: usize, kv: &Act, rows: &mut [Span<&mut Pages>]) -> Result<()> {
         debug_assert_eq!(kv.width, 2 * attention.kv_heads * attention.head_dim);
-        attention::write(attention, layer, &kv.data, kv.width, rows)
+        attention::write(self, attention, layer, &kv.data, kv.width, rows)
     }
 
     fn cross(&self, attention: &Attention, layer: usize, queries: &Act, rows: &[Span<&Pages>]) -> Result<Act> {
         debug_assert_eq!(queries.width, attention.heads * attention.head_dim);
         let rows: Vec<_> = rows.iter().map(Reader::other).collect();
-        Ok(Act { data: attention::attend(self.level, attention, layer, &queries.data, queries.width, &rows), width: queries.width })
+        let mut y = self.act(queries.tokens(), queries.width);
+        attention::attend(self, attention, layer, &queries.data, queries.width, &rows, &mut y.data);
+        Ok(y)
     }
 
     fn select(&self, x: &Act, indices: &[usize]) -> Result<Act> {
-        let data = indices.iter().flat_map(|&i| &x.data[i * x.width..][..x.width]).copied().collect();
-        Ok(Act { data, width: x.width })
+        let mut y = self.act(indices.len(), x.width);
+        for (y, &index) in y.data.chunks_exact_mut(x.width.max(1)).zip(indices) {
+            y.copy_from_slice(&x.data[index * x.width..][..x.width]);
+        }
+        Ok(y)
     }
 
     fn values(&self, x: Act) -> Result<Values> {
-        Ok(Values::Host(x.data))
+        Ok(Values::Host(x.data.to_vec()))
     }
 
     fn logits(&self, head: &panels::Weight, x: &Act, softcap: Option<f32>) -> Result<Values> {
-        let mut logits = head.product(self.level, &x.data);
+        let mut logits = vec![0.0; x.tokens() * head.outputs()];
+        head.product(self, &x.data, &mut logits, None);
         if let Some(cap) = softcap {
-            pointwise::softcap(self.level, cap, &mut logits);
+            pointwise::softcap(self, cap, &mut logits);
         }
         Ok(Values::Host(logits))
     }
+}
+
+/// Operations of one level, on so many threads.
+#[cfg(test)]
+fn ops(level: Level, threads: usize) -> CpuOps {
+    CpuOps { level, team: Team::of(threads), scratch: Arc::default(), span: attention::SPAN }
 }
 
 /// Values in -1..1 that look random.

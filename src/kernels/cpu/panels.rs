@@ -1,17 +1,18 @@
 //! Weights in panels of 16 outputs, in the type of the file, and their products.
 
 use super::{
-    isa::Level,
+    CpuOps,
+    isa::{Isa, Task},
     line::{Bf16, F16, F32, LANES, Line},
-    threads,
-    tile::{ROWS, Tile, tiled},
+    threads::{Shares, Team, part},
+    tile::{ROWS, multiply, tiled},
 };
 use crate::{error::Result, kernels::Matrix};
 use candle_core::{DType, Error};
-use rayon::prelude::*;
-use std::{array::from_fn, marker::PhantomData, ops::Range};
+use std::{mem::MaybeUninit, ops::Range};
 
-/// A weight `(outputs, inputs)`: panel `p` holds outputs `16 p ..`, one line for each input; the last one is filled up with zeros.
+/// A weight `(outputs, inputs)`: panel `p` holds outputs `16 p ..`, lines of them with the inputs ascending; the last one is filled up
+/// with zeros.
 #[derive(Debug)]
 pub(crate) struct Weight {
     panels: Panels,
@@ -27,11 +28,21 @@ enum Panels {
     F16(Vec<F16>),
 }
 
+/// Bytes of a file that are packed before they are let go.
+const SLAB: usize = 8 << 20;
+
 impl Weight {
-    /// Packs `parts`, stacked along their outputs, in their type; in f32 if they differ.
-    pub(super) fn pack(parts: &[Matrix<'_>], bias: Option<&[f32]>) -> Result<Self> {
+    /// Packs `parts`, stacked along their outputs, in `dtype`, else in their own type, or in f32 if they differ. Tells `done` which bytes
+    /// are not needed any more.
+    pub(super) fn pack(
+        team: &Team,
+        parts: &[Matrix<'_>],
+        bias: Option<&[f32]>,
+        dtype: Option<DType>,
+        done: &dyn Fn(&[u8]),
+    ) -> Result<Self> {
         let Some(first) = parts.first() else { return Err(Error::Msg("a weight needs at least one matrix".into()).into()) };
-        let (inputs, dtype) = (first.inputs, first.dtype);
+        let inputs = first.inputs;
         for part in parts {
             check(part, inputs)?;
         }
@@ -41,11 +52,11 @@ impl Weight {
         if bias.is_some_and(|bias| bias.len() != outputs) {
             return Err(Error::Msg(format!("a bias of {} values does not fit {outputs} outputs", bias.map_or(0, <[f32]>::len))).into());
         }
-        let same = parts.iter().all(|part| part.dtype == dtype);
-        let panels = match dtype {
-            DType::BF16 if same => Panels::Bf16(lines(parts, outputs, inputs)?),
-            DType::F16 if same => Panels::F16(lines(parts, outputs, inputs)?),
-            _ => Panels::F32(lines(parts, outputs, inputs)?),
+        let same = parts.iter().all(|part| part.dtype == first.dtype);
+        let panels = match dtype.unwrap_or(if same { first.dtype } else { DType::F32 }) {
+            DType::BF16 => Panels::Bf16(lines(team, parts, outputs, inputs, done)?),
+            DType::F16 => Panels::F16(lines(team, parts, outputs, inputs, done)?),
+            _ => Panels::F32(lines(team, parts, outputs, inputs, done)?),
         };
         Ok(Self { panels, bias: bias.map(<[f32]>::to_vec), outputs, inputs })
     }
@@ -67,63 +78,55 @@ impl Weight {
         (panels + self.bias.as_ref().map_or(0, |bias| size_of_val(bias.as_slice()))) as u64
     }
 
-    /// Row `ids[i]` for each token, `(ids.len(), inputs)`.
-    pub(super) fn rows(&self, ids: &[u32]) -> Vec<f32> {
+    /// Row `ids[i]` for each token, to `(ids.len(), inputs)`.
+    pub(super) fn rows(&self, team: &Team, ids: &[u32], rows: &mut [f32]) {
         match &self.panels {
-            Panels::F32(lines) => self.gather(lines, ids),
-            Panels::Bf16(lines) => self.gather(lines, ids),
-            Panels::F16(lines) => self.gather(lines, ids),
+            Panels::F32(lines) => self.gather(team, lines, ids, rows),
+            Panels::Bf16(lines) => self.gather(team, lines, ids, rows),
+            Panels::F16(lines) => self.gather(team, lines, ids, rows),
         }
     }
 
-    /// `x * weight^T + bias`, `(rows, outputs)`, of `x` `(rows, inputs)`.
-    pub(super) fn product(&self, level: Level, x: &[f32]) -> Vec<f32> {
+    /// `x * weight^T + bias` to `y`, `(rows, outputs)`, of `x` `(rows, inputs)`; with `onto` added to that, and `y` is scratch.
+    pub(super) fn product(&self, ops: &CpuOps, x: &[f32], y: &mut [f32], onto: Option<&mut [f32]>) {
         match &self.panels {
-            Panels::F32(lines) => self.multiply(level, lines, x),
-            Panels::Bf16(lines) => self.multiply(level, lines, x),
-            Panels::F16(lines) => self.multiply(level, lines, x),
+            Panels::F32(lines) => self.multiply(ops, lines, x, y, onto),
+            Panels::Bf16(lines) => self.multiply(ops, lines, x, y, onto),
+            Panels::F16(lines) => self.multiply(ops, lines, x, y, onto),
         }
     }
 
-    fn gather<L: Line>(&self, lines: &[L], ids: &[u32]) -> Vec<f32> {
-        let mut rows = vec![0.0; ids.len() * self.inputs];
+    fn gather<L: Line>(&self, team: &Team, lines: &[L], ids: &[u32], rows: &mut [f32]) {
         // A value costs a cache line, about what 16 multiply-adds cost.
-        threads::chunks(&mut rows, self.inputs, self.inputs * LANES, |i, row| {
+        team.chunks(rows, self.inputs, self.inputs * LANES, |i, row| {
             let id = ids[i] as usize;
             debug_assert!(id < self.outputs);
-            let panel = &lines[id / LANES * self.inputs..][..self.inputs];
-            for (value, line) in row.iter_mut().zip(panel) {
-                *value = line.get(id % LANES);
+            let panel = &lines[id / LANES * L::count(self.inputs)..][..L::count(self.inputs)];
+            for (input, value) in row.iter_mut().enumerate() {
+                *value = L::get(panel, id % LANES, input);
             }
         });
-        rows
     }
 
-    fn multiply<L: Line>(&self, level: Level, lines: &[L], x: &[f32]) -> Vec<f32> {
+    fn multiply<L: Line>(&self, ops: &CpuOps, lines: &[L], x: &[f32], y: &mut [f32], onto: Option<&mut [f32]>) {
         let rows = x.len() / self.inputs;
-        let mut y = vec![0.0; rows * self.outputs];
+        debug_assert_eq!((x.len(), y.len()), (rows * self.inputs, rows * self.outputs));
         let panels = self.outputs.div_ceil(LANES);
-        let bands = rows.div_ceil(BAND);
-        // Several pieces a thread where there is much to do: threads are not equally fast.
-        let wanted = match threads::worth(lines.len() * LANES * rows) {
+        let bands = rows.div_ceil(BAND).max(1);
+        let band = rows.div_ceil(bands).next_multiple_of(ROWS);
+        let wanted = match ops.team.worth(self.outputs * self.inputs * rows) {
             1 => 1,
-            parts if rows > ROWS => parts * 4,
-            parts => parts,
+            // Some more pieces than threads, which are not equally fast; but long ones, as memory is read best in long streams.
+            threads => threads * (size_of_val(lines) / (threads * STREAM)).clamp(if rows > ROWS { 4 } else { 1 }, 4),
         };
-        let chunks = wanted.div_ceil(bands.max(1)).min(panels.max(1));
-        let product = Product { weight: self, level, lines, x, y: Shared::new(&mut y, self.outputs) };
-        let piece = |i: usize| {
-            let (band, chunk) = (i / chunks, i % chunks);
-            let band = band * BAND..rows.min((band + 1) * BAND);
+        let chunks = wanted.div_ceil(bands).min(panels.max(1));
+        let onto = onto.map(Shares::new);
+        let product = Product { weight: self, ops, lines, x, y: Shares::new(y), onto };
+        ops.team.run(bands * chunks, |i| {
+            let (at, chunk) = (i / chunks * band, i % chunks);
             // SAFETY: bands and parts of the panels do not overlap, so no two pieces write the same values.
-            unsafe { product.block(band, threads::part(panels, 4, chunks, chunk)) };
-        };
-        if wanted > 1 {
-            (0..bands * chunks).into_par_iter().for_each(piece)
-        } else {
-            (0..bands * chunks).for_each(piece)
-        }
-        y
+            unsafe { product.block(at.min(rows)..rows.min(at + band), part(panels, 4, chunks, chunk)) };
+        });
     }
 }
 
@@ -131,12 +134,16 @@ impl Weight {
 const BAND: usize = 96;
 const DEPTH: usize = 640;
 
+/// Bytes of a stream of weights that are worth a piece of their own.
+const STREAM: usize = 128 << 10;
+
 struct Product<'a, L> {
     weight: &'a Weight,
-    level: Level,
+    ops: &'a CpuOps,
     lines: &'a [L],
     x: &'a [f32],
-    y: Shared<'a>,
+    y: Shares<'a, f32>,
+    onto: Option<Shares<'a, f32>>,
 }
 
 impl<L: Line> Product<'_, L> {
@@ -145,29 +152,36 @@ impl<L: Line> Product<'_, L> {
     /// # Safety
     /// No other thread accesses these outputs of these rows meanwhile.
     unsafe fn block(&self, band: Range<usize>, panels: Range<usize>) {
-        // Few rows: the panels stream by once, as many side by side as the tile has. Many: a panel or four stay in the
-        // first-level cache for all rows of the band.
+        let (level, inputs, outputs) = (self.ops.level, self.weight.inputs, self.weight.outputs);
+        // Few rows: the panels stream by once, as many side by side as the tile has. Many: a panel or four stay in the cache for all
+        // rows of the band.
         let few = band.len() <= ROWS;
-        let (depth, group) = match few {
-            true => (self.weight.inputs, panels.len()),
-            false => (self.weight.inputs.div_ceil(self.weight.inputs.div_ceil(DEPTH)), if self.level.is_wide() { 4 } else { 1 }),
-        };
-        for inputs in (0..self.weight.inputs).step_by(depth.max(1)) {
-            let inputs = inputs..self.weight.inputs.min(inputs + depth);
-            for panel in panels.clone().step_by(group.max(1)) {
+        let depth = if few { inputs } else { inputs.div_ceil(inputs.div_ceil(DEPTH)).next_multiple_of(2) };
+        let group = if few { panels.len().max(1) } else { 1 + 3 * usize::from(level.is_wide()) };
+        for from in (0..inputs).step_by(depth) {
+            let depth = from..inputs.min(from + depth);
+            for panel in panels.clone().step_by(group) {
                 let group = panel..panels.end.min(panel + group);
                 for row in band.clone().step_by(ROWS) {
-                    // SAFETY: as of this function; rows and panels are inside its ranges.
-                    unsafe { tiled!(self.level, band.end - row, self.strip(row, group.clone(), inputs.clone())) };
+                    // SAFETY: the rows and outputs are those of this block.
+                    unsafe { tiled!(level, band.end - row, self.strip(row, group.clone(), depth.clone())) };
                 }
             }
         }
-        if let Some(bias) = &self.weight.bias {
-            let outputs = panels.start * LANES..self.weight.outputs.min(panels.end * LANES);
-            for row in band {
-                // SAFETY: as of this function.
-                let y = unsafe { self.y.slice(row, outputs.clone()) };
-                y.iter_mut().zip(&bias[outputs.clone()]).for_each(|(y, bias)| *y += bias);
+        if self.weight.bias.is_none() && self.onto.is_none() {
+            return;
+        }
+        let columns = panels.start * LANES..outputs.min(panels.end * LANES);
+        for row in band {
+            let place = row * outputs + columns.start..row * outputs + columns.end;
+            // SAFETY: as above.
+            let y = unsafe { self.y.slice(place.clone()) };
+            if let Some(bias) = &self.weight.bias {
+                y.iter_mut().zip(&bias[columns.clone()]).for_each(|(y, bias)| *y += bias);
+            }
+            if let Some(onto) = &self.onto {
+                // SAFETY: as above.
+                unsafe { onto.slice(place) }.iter_mut().zip(y).for_each(|(onto, y)| *onto += *y);
             }
         }
     }
@@ -177,66 +191,102 @@ impl<L: Line> Product<'_, L> {
     /// # Safety
     /// As of [`Self::block`].
     unsafe fn strip<const R: usize, const C: usize>(&self, row: usize, panels: Range<usize>, inputs: Range<usize>) {
-        let mut panel = panels.start;
-        while panel + C <= panels.end {
-            // SAFETY: as of this function.
-            unsafe { self.tile::<R, C>(row, panel, inputs.clone()) };
+        self.ops.level.run(Strip::<L, R, C> { product: self, row, panels, inputs });
+    }
+}
+
+/// Adds the products of `inputs` to the outputs of `panels` for `R` rows, `C` panels at a time. No other thread accesses these outputs
+/// meanwhile.
+struct Strip<'a, L, const R: usize, const C: usize> {
+    product: &'a Product<'a, L>,
+    row: usize,
+    panels: Range<usize>,
+    inputs: Range<usize>,
+}
+
+impl<L: Line, const R: usize, const C: usize> Task for Strip<'_, L, R, C> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let mut panel = self.panels.start;
+        while panel + C <= self.panels.end {
+            self.tile::<I, C>(isa, panel);
             panel += C;
         }
-        for panel in panel..panels.end {
-            // SAFETY: as of this function.
-            unsafe { self.tile::<R, 1>(row, panel, inputs.clone()) };
+        while panel < self.panels.end {
+            self.tile::<I, 1>(isa, panel);
+            panel += 1;
         }
     }
+}
 
-    /// # Safety
-    /// As of [`Self::block`].
-    unsafe fn tile<const R: usize, const C: usize>(&self, row: usize, panel: usize, inputs: Range<usize>) {
-        let width = self.weight.inputs;
-        let outputs: [_; C] = from_fn(|c| (panel + c) * LANES..self.weight.outputs.min((panel + c + 1) * LANES));
-        let mut sums = [[[0.0; LANES]; C]; R];
-        if inputs.start > 0 {
-            for (r, c) in (0..R).flat_map(|r| (0..C).map(move |c| (r, c))) {
-                // SAFETY: as of this function.
-                let y = unsafe { self.y.slice(row + r, outputs[c].clone()) };
-                sums[r][c][..y.len()].copy_from_slice(y);
+impl<L: Line, const R: usize, const C: usize> Strip<'_, L, R, C> {
+    #[inline(always)]
+    fn tile<I: Isa, const N: usize>(&self, isa: I, panel: usize) {
+        let Self { product, row, inputs, .. } = self;
+        let (width, count) = (product.weight.inputs, L::count(product.weight.inputs));
+        let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
+        let mut rows = [&product.x[..0]; R];
+        let mut panels = [&product.lines[..0]; N];
+        for c in 0..N {
+            panels[c] = &product.lines[(panel + c) * count..][..count][inputs.start / L::INPUTS..];
+        }
+        for r in 0..R {
+            rows[r] = &product.x[(row + r) * width..][inputs.clone()];
+            if inputs.start > 0 {
+                for c in 0..N {
+                    // SAFETY: the rows and outputs are those of this strip.
+                    sums[r][c] = unsafe { product.load(isa, row + r, panel + c) };
+                }
             }
         }
-        let rows = from_fn(|r| &self.x[(row + r) * width..][inputs.clone()]);
-        let panels = from_fn(|c| &self.lines[(panel + c) * width..][inputs.clone()]);
-        let sums = self.level.run(Tile { rows, steps: &[panels], sums });
-        for (r, c) in (0..R).flat_map(|r| (0..C).map(move |c| (r, c))) {
-            // SAFETY: as of this function.
-            let y = unsafe { self.y.slice(row + r, outputs[c].clone()) };
-            y.copy_from_slice(&sums[r][c][..y.len()]);
+        multiply::<I, L, R, N>(isa, rows, panels, &mut sums);
+        for r in 0..R {
+            for c in 0..N {
+                // SAFETY: as above.
+                unsafe { product.store(isa, sums[r][c], row + r, panel + c) };
+            }
         }
     }
 }
 
-/// A matrix that several threads write in different places.
-struct Shared<'a> {
-    data: *mut f32,
-    len: usize,
-    width: usize,
-    of: PhantomData<&'a mut [f32]>,
-}
-
-// SAFETY: all access goes through `slice`, whose callers answer for its exclusiveness.
-unsafe impl Sync for Shared<'_> {}
-
-impl<'a> Shared<'a> {
-    fn new(data: &'a mut [f32], width: usize) -> Self {
-        Self { data: data.as_mut_ptr(), len: data.len(), width, of: PhantomData }
+impl<L: Line> Product<'_, L> {
+    /// # Safety
+    /// No other thread accesses the outputs of this panel in this row meanwhile.
+    #[inline(always)]
+    unsafe fn outputs(&self, row: usize, panel: usize) -> &mut [f32] {
+        let outputs = self.weight.outputs;
+        // SAFETY: as of this function.
+        unsafe { self.y.slice(row * outputs + panel * LANES..row * outputs + outputs.min((panel + 1) * LANES)) }
     }
 
     /// # Safety
-    /// No other slice with a value of these `columns` of this `row` is alive.
-    #[allow(clippy::mut_from_ref)]
-    unsafe fn slice(&self, row: usize, columns: Range<usize>) -> &mut [f32] {
-        let start = row * self.width + columns.start;
-        assert!(columns.start <= columns.end && columns.end <= self.width && start + columns.len() <= self.len);
-        // SAFETY: inside the matrix, as just checked; exclusive, as the caller says.
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(start), columns.len()) }
+    /// As of [`Self::outputs`].
+    #[inline(always)]
+    unsafe fn load<I: Isa>(&self, isa: I, row: usize, panel: usize) -> I::Lanes {
+        // SAFETY: as of this function.
+        let y = unsafe { self.outputs(row, panel) };
+        if let Ok(y) = <&[f32; LANES]>::try_from(&*y) {
+            return isa.load(y);
+        }
+        let mut lanes = [0.0; LANES];
+        lanes[..y.len()].copy_from_slice(y);
+        isa.load(&lanes)
+    }
+
+    /// # Safety
+    /// As of [`Self::outputs`].
+    #[inline(always)]
+    unsafe fn store<I: Isa>(&self, isa: I, sums: I::Lanes, row: usize, panel: usize) {
+        // SAFETY: as of this function.
+        let y = unsafe { self.outputs(row, panel) };
+        if let Ok(y) = <&mut [f32; LANES]>::try_from(&mut *y) {
+            return isa.store(sums, y);
+        }
+        let mut lanes = [0.0; LANES];
+        isa.store(sums, &mut lanes);
+        y.copy_from_slice(&lanes[..y.len()]);
     }
 }
 
@@ -255,29 +305,53 @@ fn check(part: &Matrix<'_>, inputs: usize) -> Result<()> {
 }
 
 /// Packs stacked `parts`, each thread its own panels.
-fn lines<L: Line>(parts: &[Matrix<'_>], outputs: usize, inputs: usize) -> Result<Vec<L>> {
-    let count = outputs.div_ceil(LANES) * inputs;
+fn lines<L: Line>(team: &Team, parts: &[Matrix<'_>], outputs: usize, inputs: usize, done: &dyn Fn(&[u8])) -> Result<Vec<L>> {
+    let (size, panels) = (L::count(inputs), outputs.div_ceil(LANES));
     let mut lines = Vec::new();
-    if lines.try_reserve_exact(count).is_err() {
+    if panels.checked_mul(size).is_none_or(|count| lines.try_reserve_exact(count).is_err()) {
         return Err(Error::Msg(format!("no memory for a weight of {outputs} x {inputs}")).into());
     }
     // (part, its row) of each output.
     let sources: Vec<_> = parts.iter().flat_map(|part| (0..part.outputs).map(move |row| (part, row))).collect();
-    lines.spare_capacity_mut()[..count].par_chunks_mut(inputs).zip(sources.par_chunks(LANES)).for_each(|(panel, sources)| {
-        for (i, panel) in panel.chunks_mut(256).enumerate() {
-            panel.fill(std::mem::MaybeUninit::new(L::ZERO));
-            // SAFETY: every line has just been written.
-            let panel = unsafe { &mut *(std::ptr::from_mut(panel) as *mut [L]) };
-            for (lane, &(part, row)) in sources.iter().enumerate() {
-                let size = part.dtype.size_in_bytes();
-                let (start, stride) = if part.transposed { (row, part.outputs) } else { (row * inputs, 1) };
-                L::fill(panel, lane, part.dtype, part.bytes, (start + i * 256 * stride) * size, stride * size);
+    // Slab by slab, so that a file and its weight are never both in memory.
+    let slab = (SLAB / (LANES * inputs * 4)).max(team.threads());
+    for first in (0..panels).step_by(slab) {
+        let last = panels.min(first + slab);
+        let sources = &sources[first * LANES..outputs.min(last * LANES)];
+        let room = &mut lines.spare_capacity_mut()[..(last - first) * size];
+        team.hold(|| team.chunks(room, size, inputs * LANES * 4, |i, panel| fill(panel, &sources[i * LANES..], inputs)));
+        // SAFETY: reserved, and every panel of the slab was filled.
+        unsafe { lines.set_len(last * size) };
+        let mut rest = sources;
+        while let Some((part, row)) = rest.first() {
+            let count = rest.iter().take_while(|(other, _)| std::ptr::eq(*other, *part)).count();
+            let width = inputs * part.dtype.size_in_bytes();
+            match part.transposed {
+                false => done(&part.bytes[row * width..(row + count) * width]),
+                true if row + count == part.outputs => done(part.bytes),
+                true => {}
             }
+            rest = &rest[count..];
         }
-    });
-    // SAFETY: `count` lines are reserved, and the panels that tile them are written.
-    unsafe { lines.set_len(count) };
+    }
     Ok(lines)
+}
+
+/// Writes every line of a panel, of the first outputs of `sources`.
+fn fill<L: Line>(panel: &mut [MaybeUninit<L>], sources: &[(&Matrix<'_>, usize)], inputs: usize) {
+    /// Inputs at a time, so that their lines stay in the first-level cache.
+    const STEP: usize = 256;
+    panel.fill(MaybeUninit::new(L::ZERO));
+    // SAFETY: every line has just been written.
+    let panel = unsafe { &mut *(std::ptr::from_mut(panel) as *mut [L]) };
+    for first in (0..inputs).step_by(STEP) {
+        let (panel, count) = (&mut panel[first / L::INPUTS..], STEP.min(inputs - first));
+        for (lane, &(part, row)) in sources.iter().take(LANES).enumerate() {
+            let size = part.dtype.size_in_bytes();
+            let (start, stride) = if part.transposed { (row, part.outputs) } else { (row * inputs, 1) };
+            L::fill(panel, lane, count, part.dtype, part.bytes, (start + first * stride) * size, stride * size);
+        }
+    }
 }
 
 #[cfg(test)]

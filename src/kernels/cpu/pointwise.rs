@@ -1,8 +1,9 @@
 //! Operations on each token or value alone: norms, activations, caps.
 
 use super::{
-    isa::{Isa, Level, Task},
-    math, threads,
+    CpuOps,
+    isa::{Isa, Task},
+    math,
 };
 use crate::kernels::{Activation, Norm, NormKind};
 
@@ -12,49 +13,49 @@ const FUNCTION: usize = 16;
 /// Values of a piece where tokens do not matter.
 const PIECE: usize = 4096;
 
-pub(super) fn norm(level: Level, norm: &Norm<Vec<f32>>, x: &[f32], width: usize) -> Vec<f32> {
-    let mut y = vec![0.0; x.len()];
-    threads::chunks(&mut y, width, width * 4, |i, y| {
+/// The norm of each token of `x`, to `y`.
+pub(super) fn norm(ops: &CpuOps, norm: &Norm<Vec<f32>>, x: &[f32], width: usize, y: &mut [f32]) {
+    ops.team.chunks(y, width, width * 4, |i, y| {
         y.copy_from_slice(&x[i * width..][..width]);
-        level.run(Normalise { norm, first: 0, x: y });
+        ops.level.run(Normalise { norm, first: 0, x: y });
     });
-    y
 }
 
 /// Normalises the columns of each token that begin at `first`, as many as the norm has weights, each `group` of them alone.
-pub(super) fn norm_part(level: Level, norm: &Norm<Vec<f32>>, x: &mut [f32], width: usize, first: usize, group: usize) {
-    threads::chunks(x, width, norm.weight.len() * 4, |_, x| {
+pub(super) fn norm_part(ops: &CpuOps, norm: &Norm<Vec<f32>>, x: &mut [f32], width: usize, first: usize, group: usize) {
+    ops.team.chunks(x, width, norm.weight.len() * 4, |_, x| {
         for (i, x) in x[first..first + norm.weight.len()].chunks_exact_mut(group).enumerate() {
-            level.run(Normalise { norm, first: i * group, x });
+            ops.level.run(Normalise { norm, first: i * group, x });
         }
     });
 }
 
-pub(super) fn activate(level: Level, activation: Activation, x: &mut [f32], width: usize) {
-    threads::chunks(x, width, width * FUNCTION, |_, x| level.run(Activate { activation, x }));
+pub(super) fn activate(ops: &CpuOps, activation: Activation, x: &mut [f32], width: usize) {
+    ops.team.chunks(x, width, width * FUNCTION, |_, x| ops.level.run(Activate { activation, x }));
 }
 
-/// `activation(gate) * up` of tokens `[gate | up]`.
-pub(super) fn gate(level: Level, activation: Activation, x: &[f32], width: usize) -> Vec<f32> {
+/// `activation(gate) * up` of tokens `[gate | up]`, to `y`.
+pub(super) fn gate(ops: &CpuOps, activation: Activation, x: &[f32], width: usize, y: &mut [f32]) {
     let half = width / 2;
-    let mut y = vec![0.0; x.len() / 2];
-    threads::chunks(&mut y, half, half * FUNCTION, |i, y| {
+    ops.team.chunks(y, half, half * FUNCTION, |i, y| {
         let (gate, up) = x[i * width..][..width].split_at(half);
-        y.copy_from_slice(gate);
-        level.run(Activate { activation, x: y });
-        y.iter_mut().zip(up).for_each(|(y, up)| *y *= up);
+        ops.level.run(Gate { activation, gate, up, y });
     });
-    y
+}
+
+/// `x + y`, to `x`.
+pub(super) fn add(ops: &CpuOps, x: &mut [f32], y: &[f32]) {
+    ops.team.chunks(x, PIECE, PIECE, |i, x| x.iter_mut().zip(&y[i * PIECE..]).for_each(|(x, y)| *x += y));
 }
 
 /// `cap * tanh(x / cap)`
-pub(super) fn softcap(level: Level, cap: f32, x: &mut [f32]) {
-    threads::chunks(x, PIECE, PIECE * FUNCTION, |_, x| level.run(Cap { cap, x }));
+pub(super) fn softcap(ops: &CpuOps, cap: f32, x: &mut [f32]) {
+    ops.team.chunks(x, PIECE, PIECE * FUNCTION, |_, x| ops.level.run(Cap { cap, x }));
 }
 
 /// The softmax of each token.
-pub(super) fn softmax(level: Level, x: &mut [f32], width: usize) {
-    threads::chunks(x, width, width * FUNCTION, |_, x| level.run(Softmax { x }));
+pub(super) fn softmax(ops: &CpuOps, x: &mut [f32], width: usize) {
+    ops.team.chunks(x, width, width * FUNCTION, |_, x| ops.level.run(Softmax { x }));
 }
 
 struct Normalise<'a> {
@@ -109,6 +110,29 @@ impl Task for Activate<'_> {
     }
 }
 
+struct Gate<'a> {
+    activation: Activation,
+    gate: &'a [f32],
+    up: &'a [f32],
+    y: &'a mut [f32],
+}
+
+impl Task for Gate<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        let Self { activation, gate, up, y } = self;
+        let values = y.iter_mut().zip(gate).zip(up);
+        match activation {
+            Activation::Silu => values.for_each(|((y, gate), up)| *y = math::activate(Activation::Silu, *gate) * up),
+            Activation::Gelu => values.for_each(|((y, gate), up)| *y = math::activate(Activation::Gelu, *gate) * up),
+            Activation::GeluTanh => values.for_each(|((y, gate), up)| *y = math::activate(Activation::GeluTanh, *gate) * up),
+            Activation::Relu => values.for_each(|((y, gate), up)| *y = math::activate(Activation::Relu, *gate) * up),
+        }
+    }
+}
+
 struct Cap<'a> {
     cap: f32,
     x: &'a mut [f32],
@@ -150,8 +174,19 @@ impl Task for Softmax<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::isa::tests::vectorised;
-    use super::*;
+    use super::{
+        super::{
+            isa::{Level, tests::vectorised},
+            ops,
+        },
+        *,
+    };
+
+    fn normed(level: Level, parameters: &Norm<Vec<f32>>, x: &[f32], width: usize) -> Vec<f32> {
+        let mut y = vec![0.0; x.len()];
+        norm(&ops(level, 2), parameters, x, width, &mut y);
+        y
+    }
 
     fn close(ours: &[f32], theirs: &[f32]) {
         assert_eq!(ours.len(), theirs.len());
@@ -165,11 +200,11 @@ mod tests {
         let x = [1.0, -2.0, 3.0, 0.5, 100.0, 101.0, 99.0, 100.5];
         let mut parameters = Norm { kind: NormKind::Rms, weight: vec![1.0, 0.5, 2.0, -1.0], bias: None, eps: 1e-5 };
         let rms = [0.529_812_16, -0.529_812_16, 3.178_873, -0.264_906_08, 0.998_724_34, 0.504_355_8, 1.977_474_2, -1.003_718];
-        close(&norm(Level::best(), &parameters, &x, 4), &rms);
+        close(&normed(Level::best(None), &parameters, &x, 4), &rms);
         parameters.kind = NormKind::Layer;
         parameters.bias = Some(vec![0.1, 0.2, 0.3, 0.4]);
         let layer = [0.310_558_38, -0.536_954_4, 2.967_073, 0.470_186_14, -0.069_029_31, 0.791_602_55, -2.742_527_7, -0.107_087_94];
-        close(&norm(Level::best(), &parameters, &x, 4), &layer);
+        close(&normed(Level::best(None), &parameters, &x, 4), &layer);
     }
 
     #[test]
@@ -179,7 +214,7 @@ mod tests {
             let parameters = Norm { kind, weight: x[20..32].to_vec(), bias, eps: 1e-5 };
             let mut y = x.clone();
             // Two tokens of 20; columns 3 to 15 in groups of 4.
-            norm_part(Level::best(), &parameters, &mut y, 20, 3, 4);
+            norm_part(&ops(Level::best(None), 2), &parameters, &mut y, 20, 3, 4);
             for token in 0..2 {
                 for group in 0..3 {
                     let at = |start: usize| start..start + 4;
@@ -190,7 +225,7 @@ mod tests {
                         eps: 1e-5,
                     };
                     let columns = at(token * 20 + 3 + group * 4);
-                    assert_eq!(y[columns.clone()], norm(Level::best(), &alone, &x[columns], 4));
+                    assert_eq!(y[columns.clone()], normed(Level::best(None), &alone, &x[columns], 4));
                 }
                 assert_eq!(y[token * 20..][..3], x[token * 20..][..3]);
                 assert_eq!(y[token * 20 + 15..][..5], x[token * 20 + 15..][..5]);
@@ -201,7 +236,7 @@ mod tests {
     #[test]
     fn a_cap_is_torchs() {
         let mut x = [-100.0, -1.0, 0.0, 40.0];
-        softcap(Level::best(), 30.0, &mut x);
+        softcap(&ops(Level::best(None), 2), 30.0, &mut x);
         close(&x, &[-29.923_74, -0.999_629_8, 0.0, 26.101_85]);
     }
 
@@ -210,21 +245,29 @@ mod tests {
         // 700 tokens of 130 are split over threads.
         let x: Vec<f32> = (0..700 * 130).map(|i| ((i * 7919 % 1009) as f32 - 504.0) / 100.0).collect();
         let parameters = Norm { kind: NormKind::Layer, weight: x[..130].to_vec(), bias: Some(x[5..135].to_vec()), eps: 1e-6 };
+        let narrow = Norm { weight: parameters.weight[..60].to_vec(), bias: None, ..parameters.clone() };
         let pass = |level, x: &[f32]| {
-            let mut y = norm(level, &parameters, x, 130);
-            activate(level, Activation::Gelu, &mut y, 130);
-            let mut y = gate(level, Activation::Silu, &y, 130);
-            softcap(level, 1.5, &mut y);
-            norm_part(level, &Norm { weight: parameters.weight[..60].to_vec(), bias: None, ..parameters.clone() }, &mut y, 65, 5, 12);
-            softmax(level, &mut y, 65);
-            y
+            let ops = ops(level, 3);
+            ops.team.hold(|| {
+                let mut y = vec![0.0; x.len()];
+                norm(&ops, &parameters, x, 130, &mut y);
+                activate(&ops, Activation::Gelu, &mut y, 130);
+                let mut z = vec![0.0; x.len() / 2];
+                gate(&ops, Activation::Silu, &y, 130, &mut z);
+                let copy = z.clone();
+                add(&ops, &mut z, &copy);
+                softcap(&ops, 1.5, &mut z);
+                norm_part(&ops, &narrow, &mut z, 65, 5, 12);
+                softmax(&ops, &mut z, 65);
+                z
+            })
         };
         let expected = pass(Level::PORTABLE, &x);
         for level in vectorised() {
             assert!(pass(level, &x) == expected, "{level:?}");
         }
         for token in [0, 1, 350, 699] {
-            assert_eq!(pass(Level::best(), &x[token * 130..][..130]), expected[token * 65..][..65]);
+            assert_eq!(pass(Level::best(None), &x[token * 130..][..130]), expected[token * 65..][..65]);
         }
     }
 }

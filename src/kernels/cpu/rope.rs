@@ -1,8 +1,8 @@
 //! Rotary positions.
 
 use super::{
-    isa::{Isa, Level, Task},
-    threads,
+    CpuOps,
+    isa::{Isa, Task},
 };
 use crate::kernels::{Attention, Rope};
 use std::ops::Range;
@@ -31,12 +31,12 @@ impl Angles {
 }
 
 /// Rotates the queries and keys of all tokens.
-pub(super) fn rotate(level: Level, attention: &Attention, angles: &Angles, qkv: &mut [f32]) {
+pub(super) fn rotate(ops: &CpuOps, attention: &Attention, angles: &Angles, qkv: &mut [f32]) {
     let (heads, dim, pairs) = (attention.heads + attention.kv_heads, attention.head_dim, angles.pairs);
     debug_assert!(pairs * 2 <= dim);
-    threads::chunks(qkv, (heads + attention.kv_heads) * dim, heads * dim, |token, qkv| {
+    ops.team.chunks(qkv, (heads + attention.kv_heads) * dim, heads * dim, |token, qkv| {
         let (cos, sin) = (&angles.cos[token * pairs..][..pairs], &angles.sin[token * pairs..][..pairs]);
-        level.run(Rotate { heads: &mut qkv[..heads * dim], dim, cos, sin });
+        ops.level.run(Rotate { heads: &mut qkv[..heads * dim], dim, cos, sin });
     });
 }
 
@@ -64,7 +64,10 @@ impl Task for Rotate<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        super::{isa::Level, ops},
+        *,
+    };
     use crate::kernels::{Bias, Sight};
 
     #[test]
@@ -72,7 +75,7 @@ mod tests {
         let attention = Attention { heads: 1, kv_heads: 1, head_dim: 8, scale: 1.0, softcap: None, sight: Sight::Causal, bias: Bias::None };
         let rope = Rope { inv_freq: vec![1.0, 0.1, 0.01, 0.001], scale: 1.0 };
         let mut qkv: Vec<f32> = (1..=8).map(|i| i as f32 / 4.0).chain([0.5; 16]).collect();
-        rotate(Level::best(), &attention, &Angles::new(&[(&rope, 37..38)]), &mut qkv);
+        rotate(&ops(Level::best(None), 1), &attention, &Angles::new(&[(&rope, 37..38)]), &mut qkv);
         let expected = [0.995_776_1, 0.370_704_26, 0.066_418_47, 0.925_332_4, 0.795_883_06, -1.537_068_1, 1.902_784_5, 2.035_622_6];
         assert!(qkv.iter().zip(expected).all(|(x, y)| (x - y).abs() <= 2e-7), "{qkv:?}");
         assert_eq!(qkv[16..], [0.5; 8], "values do not turn");

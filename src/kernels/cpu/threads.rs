@@ -1,32 +1,129 @@
-//! Splits work over rayon's threads where that pays. No result depends on the split.
+//! The threads of the operations: a team that a pass holds for itself, whose members spin for work while it lasts and sleep afterwards.
+//!
+//! An operation is cut into pieces, and whoever is free takes the next one, so that a thread which the system has stopped delays
+//! its own piece and nothing else. No result depends on who does what, or on how many there are.
 
-use rayon::prelude::*;
-use std::ops::Range;
+use std::{
+    any::Any,
+    cell::UnsafeCell,
+    marker::PhantomData,
+    ops::Range,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, AtomicUsize, Ordering::*},
+    },
+    thread::{self, JoinHandle, ThreadId},
+    time::{Duration, Instant},
+};
 
-/// Multiply-adds that a thread should have at least: handing over costs a microsecond.
-const GRAIN: usize = 1 << 16;
+/// How long a thread spins for what comes next before it sleeps: about twice what waking costs.
+const SPIN: Duration = Duration::from_micros(50);
 
-/// How many threads `work` multiply-adds are worth.
-pub(super) fn worth(work: usize) -> usize {
-    match work / GRAIN {
-        0 | 1 => 1,
-        parts => parts.min(rayon::current_num_threads()),
+/// Multiply-adds that a piece should have at least: handing over costs some tenths of a microsecond.
+const GRAIN: usize = 1 << 13;
+
+/// Threads that work on one pass at a time. All models with as many threads share them.
+#[derive(Debug)]
+pub(crate) struct Team {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+/// The physical cores that this process may use.
+pub(crate) fn cores() -> usize {
+    num_cpus::get().min(num_cpus::get_physical()).max(1)
+}
+
+impl Team {
+    /// A team of so many threads, the caller's among them.
+    pub(crate) fn of(threads: usize) -> Arc<Self> {
+        static TEAMS: Mutex<Vec<(usize, Weak<Team>)>> = Mutex::new(Vec::new());
+        let mut teams = lock(&TEAMS);
+        teams.retain(|(_, team)| team.strong_count() > 0);
+        match teams.iter().find(|(count, _)| *count == threads).and_then(|(_, team)| team.upgrade()) {
+            Some(team) => team,
+            None => {
+                let team = Arc::new(Self::new(threads));
+                teams.push((threads, Arc::downgrade(&team)));
+                team
+            }
+        }
+    }
+
+    fn new(threads: usize) -> Self {
+        let shared = Arc::new(Shared::default());
+        let worker = |number| {
+            let shared = shared.clone();
+            // A thread that the system refuses is one less.
+            thread::Builder::new().name(format!("generate-{number}")).spawn(move || shared.serve()).ok()
+        };
+        let workers = (1..threads).map_while(worker).collect();
+        Self { shared, workers }
+    }
+
+    /// The members of the team.
+    pub(super) fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Has the team for the time of `work`, after those who asked before. Operations outside of it, and those that an operation
+    /// begins, are done by their caller alone.
+    pub(super) fn hold<R>(&self, work: impl FnOnce() -> R) -> R {
+        if self.is_held() {
+            return work();
+        }
+        let _turn = Turn::new(&self.shared);
+        if self.shared.asleep.load(SeqCst) > 0 {
+            self.shared.call();
+        }
+        work()
+    }
+
+    /// How many pieces `work` multiply-adds are worth: one, or one for each thread.
+    pub(super) fn worth(&self, work: usize) -> usize {
+        (work / GRAIN).clamp(1, self.threads())
+    }
+
+    /// `f(0)`, `f(1)`, ... for `count` pieces, in any order.
+    pub(super) fn run(&self, count: usize, f: impl Fn(usize) + Sync) {
+        // Only the holder gets as far as the flag, so nobody else can set it in between.
+        if count < 2 || self.workers.is_empty() || !self.is_held() || self.shared.busy.swap(true, Relaxed) {
+            return (0..count).for_each(f);
+        }
+        self.shared.run(count, &f);
+    }
+
+    /// Whether the caller has the team.
+    fn is_held(&self) -> bool {
+        *lock(&self.shared.holder) == Some(thread::current().id())
+    }
+
+    /// `f(i, chunk)` for each chunk of `size` values, each chunk `work` multiply-adds.
+    pub(super) fn chunks<T: Send>(&self, data: &mut [T], size: usize, work: usize, f: impl Fn(usize, &mut [T]) + Sync) {
+        let (len, size) = (data.len(), size.max(1));
+        let count = len.div_ceil(size);
+        // Some more pieces than threads, which are not equally fast.
+        let pieces = self.worth(count * work).min(count);
+        let pieces = if pieces > 1 { (pieces * 4).min(count) } else { pieces };
+        let data = Shares::new(data);
+        self.run(pieces, |piece| {
+            for i in part(count, 1, pieces, piece) {
+                // SAFETY: chunks do not overlap, and each is in one piece.
+                f(i, unsafe { data.slice(i * size..len.min((i + 1) * size)) });
+            }
+        });
     }
 }
 
-/// `f(0), f(1), ...` for `count` items of `work` multiply-adds in all.
-pub(super) fn map<T: Send>(count: usize, work: usize, f: impl Fn(usize) -> T + Send + Sync) -> Vec<T> {
-    if count > 1 && worth(work) > 1 { (0..count).into_par_iter().map(f).collect() } else { (0..count).map(f).collect() }
-}
-
-/// `f(i, chunk)` for each chunk of `size` values, each chunk `work` multiply-adds.
-pub(super) fn chunks<T: Send>(data: &mut [T], size: usize, work: usize, f: impl Fn(usize, &mut [T]) + Send + Sync) {
-    let count = data.len().div_ceil(size.max(1));
-    if count > 1 && worth(count * work) > 1 {
-        let least = (GRAIN / work.max(1)).max(1);
-        data.par_chunks_mut(size).enumerate().with_min_len(least).for_each(|(i, chunk)| f(i, chunk));
-    } else {
-        data.chunks_mut(size.max(1)).enumerate().for_each(|(i, chunk)| f(i, chunk));
+impl Drop for Team {
+    fn drop(&mut self) {
+        self.shared.ending.store(true, SeqCst);
+        self.shared.call();
+        for worker in self.workers.drain(..) {
+            // It ended, and that is all there is to know.
+            let _ = worker.join();
+        }
     }
 }
 
@@ -37,9 +134,201 @@ pub(super) fn part(count: usize, step: usize, parts: usize, i: usize) -> Range<u
     cut(i)..cut(i + 1)
 }
 
+/// What several threads write in different places.
+pub(super) struct Shares<'a, T> {
+    data: *mut T,
+    len: usize,
+    of: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: all access goes through `slice`, whose callers answer for its exclusiveness.
+unsafe impl<T: Send> Sync for Shares<'_, T> {}
+
+impl<'a, T> Shares<'a, T> {
+    pub fn new(data: &'a mut [T]) -> Self {
+        Self { data: data.as_mut_ptr(), len: data.len(), of: PhantomData }
+    }
+
+    /// # Safety
+    /// No other slice with a value of this range is alive.
+    #[allow(clippy::mut_from_ref)]
+    #[inline(always)]
+    pub unsafe fn slice(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: inside the data, as just checked; exclusive, as the caller says.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
+    }
+}
+
+/// Values on cache lines of their own: two, as they are fetched in pairs.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Apart<T>(T);
+
+/// What the members of a team share.
+#[derive(Debug, Default)]
+struct Shared {
+    /// Pieces of the operation that nobody has taken yet.
+    open: Apart<AtomicUsize>,
+    /// Pieces that are not done.
+    left: Apart<AtomicUsize>,
+    /// The operation: written while nothing is left, read by who has taken a piece of it and has not yet done it.
+    task: Apart<UnsafeCell<Option<Task>>>,
+    /// Threads that sleep for want of work.
+    asleep: AtomicUsize,
+    /// How often sleepers were called.
+    calls: Mutex<usize>,
+    alarm: Condvar,
+    /// Whether the holder sleeps until nothing is left.
+    waiting: AtomicBool,
+    done: Condvar,
+    ending: AtomicBool,
+    /// What the first piece that panicked said.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    queue: Mutex<Queue>,
+    moved: Condvar,
+    holder: Mutex<Option<ThreadId>>,
+    /// Whether an operation of the holder's is under way.
+    busy: AtomicBool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Task {
+    /// Alive until every piece is done.
+    f: *const (dyn Fn(usize) + Sync),
+    count: usize,
+}
+
+// SAFETY: `task` is written by the holder alone while nothing is left, and read between taking a piece and counting it as done:
+// never at the same time, and `open` and `left` order the two. What it points to is `Sync`.
+unsafe impl Sync for Shared {}
+// SAFETY: as above; nothing belongs to a thread.
+unsafe impl Send for Shared {}
+
+impl Shared {
+    fn run(&self, count: usize, f: &(dyn Fn(usize) + Sync)) {
+        // SAFETY: only the lifetime changes. The pointer is followed only until every piece is done, which this waits for.
+        let f = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(f) };
+        // SAFETY: the holder calls this, one operation at a time: nothing is left of the last one, so nobody reads.
+        unsafe { *self.task.0.get() = Some(Task { f, count }) };
+        self.left.0.store(count, SeqCst);
+        self.open.0.store(count, SeqCst);
+        if self.asleep.load(SeqCst) > 0 {
+            self.call();
+        }
+        while self.take() {}
+        if !spin(|| self.left.0.load(Acquire) == 0) {
+            let mut calls = lock(&self.calls);
+            self.waiting.store(true, SeqCst);
+            while self.left.0.load(SeqCst) > 0 {
+                calls = self.done.wait(calls).unwrap_or_else(PoisonError::into_inner);
+            }
+            self.waiting.store(false, SeqCst);
+        }
+        self.busy.store(false, Relaxed);
+        let panic = lock(&self.panic).take();
+        if let Some(panic) = panic {
+            resume_unwind(panic);
+        }
+    }
+
+    /// Does a piece, if there is one.
+    fn take(&self) -> bool {
+        let Ok(open) = self.open.0.fetch_update(AcqRel, Relaxed, |open| open.checked_sub(1)) else { return false };
+        // SAFETY: a piece was taken and is not done, so the task is that of the piece and stays.
+        if let Some(Task { f, count }) = unsafe { *self.task.0.get() } {
+            // SAFETY: as above, and so what it points to is alive.
+            let f = unsafe { &*f };
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| f(count - open))) {
+                lock(&self.panic).get_or_insert(panic);
+            }
+        }
+        if self.left.0.fetch_sub(1, SeqCst) == 1 && self.waiting.load(SeqCst) {
+            let _calls = lock(&self.calls);
+            self.done.notify_all();
+        }
+        true
+    }
+
+    /// What a worker does all its life.
+    fn serve(&self) {
+        while !self.ending.load(SeqCst) {
+            if !self.take() && !spin(|| self.open.0.load(Relaxed) > 0) {
+                let mut calls = lock(&self.calls);
+                let heard = *calls;
+                self.asleep.fetch_add(1, SeqCst);
+                while *calls == heard && self.open.0.load(SeqCst) == 0 && !self.ending.load(SeqCst) {
+                    calls = self.alarm.wait(calls).unwrap_or_else(PoisonError::into_inner);
+                }
+                self.asleep.fetch_sub(1, SeqCst);
+            }
+        }
+    }
+
+    /// Wakes who sleeps.
+    fn call(&self) {
+        *lock(&self.calls) += 1;
+        self.alarm.notify_all();
+    }
+}
+
+/// Spins until something is so; false if that takes longer than is good for others on the processor.
+fn spin(so: impl Fn() -> bool) -> bool {
+    let mut start = None;
+    loop {
+        for _ in 0..64 {
+            if so() {
+                return true;
+            }
+            std::hint::spin_loop();
+        }
+        if start.get_or_insert_with(Instant::now).elapsed() > SPIN {
+            return false;
+        }
+    }
+}
+
+/// Who holds the team, by numbers as at a counter.
+#[derive(Debug, Default)]
+struct Queue {
+    next: u64,
+    serving: u64,
+}
+
+/// The time in which a thread has the team.
+struct Turn<'a>(&'a Shared);
+
+impl<'a> Turn<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        let mut queue = lock(&shared.queue);
+        let own = queue.next;
+        queue.next += 1;
+        while queue.serving != own {
+            queue = shared.moved.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+        *lock(&shared.holder) = Some(thread::current().id());
+        Self(shared)
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        *lock(&self.0.holder) = None;
+        lock(&self.0.queue).serving += 1;
+        self.0.moved.notify_all();
+    }
+}
+
+/// Nothing that is locked here is left half-done by a panic.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
+    use std::sync::atomic::AtomicU64;
 
     #[test]
     fn parts_tile_the_range() {
@@ -51,14 +340,109 @@ mod tests {
     }
 
     #[test]
+    fn every_piece_is_done_once() {
+        for threads in [1, 2, 5] {
+            let team = Team::new(threads);
+            assert_eq!(team.threads(), threads);
+            team.hold(|| {
+                for count in (0..300).chain([10_000]) {
+                    let times: Vec<_> = (0..count).map(|_| AtomicUsize::new(0)).collect();
+                    team.run(count, |i| drop(times[i].fetch_add(1, Relaxed)));
+                    assert!(times.iter().all(|times| times.load(Relaxed) == 1));
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn sleepers_wake() {
+        let team = Team::new(3);
+        for _ in 0..20 {
+            thread::sleep(4 * SPIN);
+            let others = AtomicU64::new(0);
+            let own = thread::current().id();
+            // Whoever is first waits for another.
+            team.hold(|| {
+                team.run(2, |_| {
+                    if thread::current().id() != own {
+                        others.fetch_add(1, SeqCst);
+                    } else {
+                        while others.load(SeqCst) == 0 {
+                            thread::yield_now();
+                        }
+                    }
+                });
+            });
+        }
+    }
+
+    #[test]
     fn many_threads_do_what_one_does() {
-        let squares = map(1000, usize::MAX, |i| i * i);
-        assert_eq!(squares, (0..1000).map(|i| i * i).collect::<Vec<_>>());
-        let (mut one, mut many) = (vec![0; 1001], vec![0; 1001]);
         let f = |i: usize, chunk: &mut [usize]| chunk.iter_mut().enumerate().for_each(|(j, v)| *v = i * 10 + j);
-        chunks(&mut one, 10, 1, f);
-        chunks(&mut many, 10, 1 << 20, f);
-        assert_eq!(one, many);
-        assert_eq!(one[1000], 1000);
+        let fill = |team: &Team, work| {
+            let mut data = vec![0; 1001];
+            team.hold(|| team.chunks(&mut data, 10, work, f));
+            data
+        };
+        let (one, many) = (Team::new(1), Team::new(4));
+        let expected = fill(&one, 1);
+        assert_eq!(expected[1000], 1000);
+        assert!(fill(&many, 1) == expected && fill(&many, 1 << 20) == expected && fill(&many, 900) == expected);
+    }
+
+    #[test]
+    fn callers_wait_for_each_other() {
+        let team = Team::new(3);
+        let inside = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            for _ in 0..6 {
+                scope.spawn(|| {
+                    for _ in 0..50 {
+                        team.hold(|| {
+                            assert_eq!(inside.fetch_add(1, SeqCst), 0);
+                            let sum = AtomicUsize::new(0);
+                            team.run(40, |i| drop(sum.fetch_add(i, Relaxed)));
+                            assert_eq!(sum.load(Relaxed), 780);
+                            inside.fetch_sub(1, SeqCst);
+                        });
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn what_an_operation_begins_is_done_by_its_caller() {
+        let team = Team::new(3);
+        let done = AtomicUsize::new(0);
+        let inner = || {
+            let caller = thread::current().id();
+            team.run(5, |_| {
+                assert_eq!(thread::current().id(), caller);
+                done.fetch_add(1, Relaxed);
+            });
+        };
+        inner();
+        team.hold(|| team.hold(|| team.run(10, |_| inner())));
+        assert_eq!(done.load(Relaxed), 55);
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_team_goes_on() {
+        let team = Team::new(3);
+        for _ in 0..10 {
+            let result = catch_unwind(AssertUnwindSafe(|| team.hold(|| team.run(9, |i| assert!(i != 5, "five")))));
+            assert_eq!(result.unwrap_err().downcast_ref::<&str>(), Some(&"five"));
+            let sum = AtomicUsize::new(0);
+            team.hold(|| team.run(9, |i| drop(sum.fetch_add(i, Relaxed))));
+            assert_eq!(sum.load(Relaxed), 36);
+        }
+    }
+
+    #[test]
+    fn models_share_a_team() {
+        let (one, two) = (Team::of(61), Team::of(61));
+        assert!(Arc::ptr_eq(&one, &two));
+        assert!(!Arc::ptr_eq(&one, &Team::of(60)));
     }
 }

@@ -1,67 +1,59 @@
 //! The product that everything is made of: rows times panels, inputs ascending.
 //!
-//! A panel is 16 outputs: one [`Line`] for each input. Every output is accumulated alone, inputs ascending, with one fused
-//! multiply-add each, starting from its own sum. So its bits depend neither on the shape of the tile nor on where a long
-//! product is cut.
+//! Every output is accumulated alone, inputs ascending, with one fused multiply-add each, starting from its own sum. So its bits depend
+//! neither on the shape of the tile nor on where a long product is cut.
 
-use super::{
-    isa::{Isa, Task},
-    line::{LANES, Line},
-};
+use super::{isa::Isa, line::Line};
 
-/// The sums of `R` rows with `C` panels.
-pub(super) type Sums<const R: usize, const C: usize> = [[[f32; LANES]; C]; R];
+/// Sums of `R` rows with `C` panels, in registers.
+pub(super) type Sums<I, const R: usize, const C: usize> = [[<I as Isa>::Lanes; C]; R];
 
-/// Adds to `sums` the products of rows with panels. The inputs of `rows` lie in one piece, those of the panels in `steps`.
-pub(super) struct Tile<'a, L, const R: usize, const C: usize> {
-    pub rows: [&'a [f32]; R],
-    pub steps: &'a [[&'a [L]; C]],
-    pub sums: Sums<R, C>,
-}
-
-impl<L: Line, const R: usize, const C: usize> Task for Tile<'_, L, R, C> {
-    type Out = Sums<R, C>;
-
-    #[inline(always)]
-    fn run<I: Isa>(self, isa: I) -> Sums<R, C> {
-        // Loops, not closures: those would be compiled for the baseline where they are not inlined.
-        let mut sums = [[isa.load(&self.sums[0][0]); C]; R];
-        for (sums, from) in sums.iter_mut().zip(&self.sums) {
-            for (sum, from) in sums.iter_mut().zip(from) {
-                *sum = isa.load(from);
+/// Adds to `sums` the products of rows with panels, all of as many inputs as the rows have.
+#[inline(always)]
+pub(super) fn multiply<I: Isa, L: Line, const R: usize, const C: usize>(
+    isa: I,
+    rows: [&[f32]; R],
+    panels: [&[L]; C],
+    sums: &mut Sums<I, R, C>,
+) {
+    // Loops, not closures: those would be compiled for the baseline where they are not inlined.
+    let inputs = rows[0].len();
+    let (first, rest) = L::pairs(panels[0], inputs);
+    let (mut pairs, mut rests) = ([first; C], [rest; C]);
+    for c in 1..C {
+        (pairs[c], rests[c]) = L::pairs(panels[c], inputs);
+    }
+    // All of one length, so that no access below is checked.
+    let count = inputs / 2;
+    for pairs in &mut pairs {
+        *pairs = &pairs[..count];
+    }
+    let mut twos = [rows[0].as_chunks::<2>().0; R];
+    for r in 0..R {
+        twos[r] = &rows[r][..inputs].as_chunks::<2>().0[..count];
+    }
+    for i in 0..count {
+        for input in 0..2 {
+            let mut lines = [L::widen(&pairs[0][i], input, isa); C];
+            for c in 1..C {
+                lines[c] = L::widen(&pairs[c][i], input, isa);
+            }
+            for r in 0..R {
+                for c in 0..C {
+                    sums[r][c] = isa.mul_add(lines[c], twos[r][i][input], sums[r][c]);
+                }
             }
         }
-        let mut at = 0;
-        for panels in self.steps {
-            let inputs = panels[0].len();
-            // All of one length, so that no access below is checked.
-            let (mut panels, mut rows) = (*panels, self.rows);
-            for panel in &mut panels {
-                *panel = &panel[..inputs];
-            }
-            for row in &mut rows {
-                *row = &row[at..at + inputs];
-            }
-            for i in 0..inputs {
-                let mut lines = [panels[0][i].widen(isa); C];
-                for c in 1..C {
-                    lines[c] = panels[c][i].widen(isa);
-                }
+    }
+    if inputs > 2 * count {
+        for c in 0..C {
+            if let Some(line) = rests[c].first() {
+                let line = line.first(isa);
                 for r in 0..R {
-                    for c in 0..C {
-                        sums[r][c] = isa.mul_add(lines[c], rows[r][i], sums[r][c]);
-                    }
+                    sums[r][c] = isa.mul_add(line, rows[r][inputs - 1], sums[r][c]);
                 }
             }
-            at += inputs;
         }
-        let mut out = self.sums;
-        for (sums, to) in sums.iter().zip(&mut out) {
-            for (sum, to) in sums.iter().zip(to) {
-                isa.store(*sum, to);
-            }
-        }
-        out
     }
 }
 

@@ -54,14 +54,20 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
-    fn brains(self, bits: &[u16; LANES]) -> [__m256; 2] {
-        let from = bits.as_ptr().cast::<__m128i>();
-        // SAFETY: AVX2 is there, as `Avx2` is; the two loads of 8 values cover the array of 16 and need no alignment.
-        unsafe {
-            let low = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from)));
-            let high = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(1))));
-            [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
-        }
+    fn brains(self, pairs: &[u16; 2 * LANES], value: usize) -> [__m256; 2] {
+        let from = pairs.as_ptr().cast::<__m256i>();
+        // SAFETY: AVX2 is there, as `Avx2` is; the two loads of 16 values cover the array of 32 and need no alignment.
+        let [low, high] = unsafe {
+            let (low, high) = (_mm256_loadu_si256(from), _mm256_loadu_si256(from.add(1)));
+            if value == 0 {
+                [_mm256_slli_epi32::<16>(low), _mm256_slli_epi32::<16>(high)]
+            } else {
+                let mask = _mm256_set1_epi32(!0xffff);
+                [_mm256_and_si256(low, mask), _mm256_and_si256(high, mask)]
+            }
+        };
+        // SAFETY: AVX is there, as `Avx2` is.
+        unsafe { [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)] }
     }
 
     #[inline(always)]
@@ -69,6 +75,12 @@ impl Isa for Avx2 {
         let from = bits.as_ptr().cast::<__m128i>();
         // SAFETY: F16C is there, as `Avx2` is; the two loads of 8 values cover the array of 16 and need no alignment.
         unsafe { [_mm256_cvtph_ps(_mm_loadu_si128(from)), _mm256_cvtph_ps(_mm_loadu_si128(from.add(1)))] }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, from: *const u8) {
+        // SAFETY: SSE is part of the baseline, and a prefetch of any address does no harm.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
     }
 }
 
@@ -94,11 +106,12 @@ impl Isa for Avx512 {
     }
 
     #[inline(always)]
-    fn brains(self, bits: &[u16; LANES]) -> __m512 {
-        // SAFETY: AVX-512 F is there, as `Avx512` is; the load of 16 values is the array and needs no alignment.
+    fn brains(self, pairs: &[u16; 2 * LANES], value: usize) -> __m512 {
+        // SAFETY: AVX-512 F is there, as `Avx512` is; the load of 32 values is the array and needs no alignment.
         unsafe {
-            let bits = _mm256_loadu_si256(bits.as_ptr().cast());
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
+            let pairs = _mm512_loadu_si512(pairs.as_ptr().cast());
+            let lanes = if value == 0 { _mm512_slli_epi32::<16>(pairs) } else { _mm512_and_si512(pairs, _mm512_set1_epi32(!0xffff)) };
+            _mm512_castsi512_ps(lanes)
         }
     }
 
@@ -106,5 +119,11 @@ impl Isa for Avx512 {
     fn halves(self, bits: &[u16; LANES]) -> __m512 {
         // SAFETY: AVX-512 F is there, as `Avx512` is; the load of 16 values is the array and needs no alignment.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bits.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, from: *const u8) {
+        // SAFETY: SSE is part of the baseline, and a prefetch of any address does no harm.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
     }
 }
