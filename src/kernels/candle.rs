@@ -438,7 +438,7 @@ mod tests {
     fn parts_are_stacked_and_turned() {
         let (plain, turned) = (bytes(&[1.0, 2.0]), bytes(&[3.0, 5.0, 4.0, 6.0]));
         let matrix = |bytes, outputs, transposed| Matrix { bytes, dtype: DType::F32, outputs, inputs: 2, transposed };
-        let weight = ops().weight(&[matrix(&plain, 1, false), matrix(&turned, 2, true)], Some(&[0.5, 0.0, -1.0])).unwrap();
+        let weight = ops().weight(&[matrix(&plain, 1, false), matrix(&turned, 2, true)], Some(&[0.5, 0.0, -1.0]), &|_| ()).unwrap();
         // Rows are [1 2], [3 4] and [5 6].
         assert_eq!(values(ops().linear(&weight, &act(&[1.0, 10.0], 2)).unwrap()), [21.5, 43.0, 64.0]);
         assert_eq!(values(ops().embed(&weight, &[2, 0]).unwrap()), [5.0, 6.0, 1.0, 2.0]);
@@ -496,7 +496,8 @@ mod tests {
     fn f16_ends_at_its_largest_number() {
         let half = CandleOps::new(tested().0, DType::F16);
         let one = bytes(&[300.0, -300.0]);
-        let weight = half.weight(&[Matrix { bytes: &one, dtype: DType::F32, outputs: 2, inputs: 1, transposed: false }], None).unwrap();
+        let weight =
+            half.weight(&[Matrix { bytes: &one, dtype: DType::F32, outputs: 2, inputs: 1, transposed: false }], None, &|_| ()).unwrap();
         let x = act(&[300.0], 1).to_dtype(DType::F16).unwrap();
         let y = half.linear(&weight, &x).unwrap();
         let most = [f16::MAX, f16::MIN];
@@ -511,7 +512,7 @@ mod tests {
     fn logits_are_capped() {
         let head = bytes(&[1.0, -3.0]);
         let head = Matrix { bytes: &head, dtype: DType::F32, outputs: 2, inputs: 1, transposed: false };
-        let head = ops().weight(&[head], None).unwrap();
+        let head = ops().weight(&[head], None, &|_| ()).unwrap();
         let logits = |cap| ops().logits(&head, &act(&[2.0], 1), cap).unwrap().into_host().unwrap();
         close(&logits(None), &[2.0, -6.0]);
         close(&logits(Some(4.0)), &[1.8484687, -3.6205935]);

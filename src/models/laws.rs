@@ -34,7 +34,7 @@ fn both(family: &str, changes: Value) -> [Case; 2] {
     let folder = tiny::write(&config, Dtype::F32);
     let case = |model, tolerance| Case { name: family.to_owned(), model, tolerance };
     let (plain, tolerance) = plain();
-    [case(open(plain, folder.path()), tolerance), case(open(CpuOps::new(), folder.path()), 0.0)]
+    [case(open(plain, folder.path()), tolerance), case(open(CpuOps::new(None, None), folder.path()), 0.0)]
 }
 
 /// Candle's operations, and how far two of their computations of one logit may lie apart.

@@ -505,7 +505,6 @@ impl<const R: usize, const C: usize> Sum<'_, '_, R, C> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::super::{
-        Act,
         isa::{Level, tests::vectorised},
         noise, ops,
     };
@@ -717,17 +716,19 @@ mod tests {
             for (ours, exact) in whole.iter().zip(case.reference(&tokens)) {
                 assert!((f64::from(*ours) - exact).abs() < 1e-5, "{ours} for {exact}");
             }
+            let (ops, mut store) = (ops(case.level, 2), case.store());
             let part = |columns: Range<usize>| {
-                let data = tokens.chunks(case.width()).flat_map(|token| &token[columns.clone()]).copied().collect();
-                Act { data, width: columns.len() }
+                let data: Vec<f32> = tokens.chunks(case.width()).flat_map(|token| &token[columns.clone()]).copied().collect();
+                let mut x = ops.act(count, columns.len());
+                x.data.copy_from_slice(&data);
+                x
             };
-            let (ops, mut store) = (CpuOps { level: case.level }, case.store());
             ops.fill(&case.attention, 1, &part(120..200), &mut [Span { first: 0, count, store: &mut store }]).unwrap();
             store.grow(count);
             let queries = part(0..120);
-            assert!(ops.cross(&case.attention, 1, &queries, &[Span { first: 0, count, store: &store }]).unwrap().data == whole);
+            assert!(ops.cross(&case.attention, 1, &queries, &[Span { first: 0, count, store: &store }]).unwrap().data[..] == whole);
             let rows = [Span { first: 0, count: 0, store: &store }, Span { first: 0, count, store: &store }];
-            assert!(ops.cross(&case.attention, 1, &queries, &rows).unwrap().data == whole);
+            assert!(ops.cross(&case.attention, 1, &queries, &rows).unwrap().data[..] == whole);
         }
     }
 

@@ -252,12 +252,19 @@ mod tests {
     use crate::kernels::{Bias, Sight};
     use candle_core::DType;
 
+    fn act(ops: &CpuOps, values: &[f32], width: usize) -> Act {
+        let mut x = ops.act(values.len() / width, width);
+        x.data.copy_from_slice(values);
+        x
+    }
+
     #[test]
     fn a_pass_goes_from_ids_to_logits() {
-        let ops = CpuOps::new();
+        let ops = CpuOps::new(Some(2), None);
         // Rows 1 0, 0 2 and 3 3 of a tied table.
         let bytes: Vec<u8> = [1.0f32, 0.0, 0.0, 2.0, 3.0, 3.0].iter().flat_map(|x| x.to_le_bytes()).collect();
-        let table = ops.weight(&[Matrix { bytes: &bytes, dtype: DType::F32, outputs: 3, inputs: 2, transposed: false }], None).unwrap();
+        let table =
+            ops.weight(&[Matrix { bytes: &bytes, dtype: DType::F32, outputs: 3, inputs: 2, transposed: false }], None, &|_| ()).unwrap();
         assert_eq!(ops.weight_bytes(&table), 16 * 2 * 4);
         let logits = ops.pass(|| {
             let x = ops.embed(&table, &[2, 0, 1])?;
@@ -274,33 +281,32 @@ mod tests {
 
     #[test]
     fn a_plain_mlp_can_be_activated() {
-        let x = Act { data: vec![-1.0, 2.0, -3.0, 4.0], width: 2 };
-        let ops = CpuOps::new();
-        assert_eq!(ops.activate(Activation::Relu, x.clone()).unwrap(), Act { data: vec![0.0, 2.0, 0.0, 4.0], width: 2 });
-        assert_eq!(ops.gate(Activation::Relu, x).unwrap(), Act { data: vec![0.0, 0.0], width: 1 });
+        let ops = CpuOps::new(Some(2), None);
+        let x = act(&ops, &[-1.0, 2.0, -3.0, 4.0], 2);
+        assert_eq!(ops.activate(Activation::Relu, x.clone()).unwrap().data[..], [0.0, 2.0, 0.0, 4.0]);
+        let y = ops.gate(Activation::Relu, x).unwrap();
+        assert_eq!((&y.data[..], y.width), (&[0.0, 0.0][..], 1));
     }
 
     #[test]
     fn experts_are_chosen_and_mixed() {
-        let ops = CpuOps::new();
-        let logits = Act { data: vec![0.0, 2.0f32.ln(), 5.0f32.ln(), 0.0, 0.0, -9.0], width: 3 };
+        let ops = CpuOps::new(Some(2), None);
+        let logits = act(&ops, &[0.0, 2.0f32.ln(), 5.0f32.ln(), 0.0, 0.0, -9.0], 3);
         let picks = ops.route(&logits, 2, false).unwrap();
         assert_eq!(picks.iter().map(|picks| picks.tokens.clone()).collect::<Vec<_>>(), [vec![1], vec![0, 1], vec![0]]);
         assert!((picks[1].shares[0] - 0.25).abs() < 1e-7 && (picks[1].shares[1] - 0.499_969_2).abs() < 1e-6, "{picks:?}");
-        let part = |tokens: &[usize], shares: &[f32], x: &[f32]| {
-            (Picks { tokens: tokens.into(), shares: shares.into() }, Act { data: x.into(), width: 2 })
-        };
+        let part = |tokens: &[usize], shares: &[f32], x: &[f32]| (Picks { tokens: tokens.into(), shares: shares.into() }, act(&ops, x, 2));
         let parts = [part(&[0, 2], &[0.5, 2.0], &[2.0, 4.0, 1.0, -1.0]), part(&[2], &[1.0], &[10.0, 20.0])];
-        assert_eq!(ops.mix(3, &parts).unwrap(), Act { data: vec![1.0, 2.0, 0.0, 0.0, 12.0, 18.0], width: 2 });
+        assert_eq!(ops.mix(3, &parts).unwrap().data[..], [1.0, 2.0, 0.0, 0.0, 12.0, 18.0]);
     }
 
     #[test]
     fn a_full_store_refuses_by_name() {
-        let ops = CpuOps::new();
+        let ops = CpuOps::new(Some(2), None);
         let mut store = ops.store(StoreShape { layers: 1, kv_heads: 1, head_dim: 2 }, Room::Reserve(1)).unwrap();
         let (sight, bias) = (Sight::Causal, Bias::None);
         let attention = Attention { heads: 1, kv_heads: 1, head_dim: 2, scale: 1.0, softcap: None, sight, bias };
-        let qkv = Act { data: vec![0.5; 12], width: 6 };
+        let qkv = act(&ops, &[0.5; 12], 6);
         let error = ops.attend(&attention, 0, qkv, None, &mut [Span { first: 0, count: 2, store: &mut store }]).unwrap_err();
         assert_eq!(error.to_string(), "invalid generation config: max_cache_len = 1: 2 positions are needed");
     }

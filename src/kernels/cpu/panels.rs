@@ -357,8 +357,13 @@ fn fill<L: Line>(panel: &mut [MaybeUninit<L>], sources: &[(&Matrix<'_>, usize)],
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::super::{isa::tests::vectorised, noise};
-    use super::*;
+    use super::{
+        super::{
+            isa::{Level, tests::vectorised},
+            noise, ops,
+        },
+        *,
+    };
     use half::{bf16, f16};
 
     const DTYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
@@ -389,8 +394,22 @@ mod tests {
         }
 
         fn weight(&self) -> Weight {
-            Weight::pack(&[self.matrix()], None).unwrap()
+            pack(&[self.matrix()], None).unwrap()
         }
+    }
+
+    fn pack(parts: &[Matrix<'_>], bias: Option<&[f32]>) -> Result<Weight> {
+        Weight::pack(&Team::of(2), parts, bias, None, &|_| ())
+    }
+
+    fn product(weight: &Weight, level: Level, threads: usize, x: &[f32]) -> Vec<f32> {
+        let (ops, mut y) = (ops(level, threads), vec![f32::NAN; x.len() / weight.inputs * weight.outputs]);
+        ops.team.hold(|| weight.product(&ops, x, &mut y, None));
+        y
+    }
+
+    fn best(weight: &Weight, x: &[f32]) -> Vec<f32> {
+        product(weight, Level::best(None), 2, x)
     }
 
     #[test]
@@ -403,7 +422,7 @@ mod tests {
                 let weight = source.weight();
                 for rows in (1..=most.min(7)).chain([most]) {
                     let x = noise(rows * inputs, 11);
-                    let y = weight.product(Level::PORTABLE, &x);
+                    let y = product(&weight, Level::PORTABLE, 2, &x);
                     for (i, &y) in y.iter().enumerate() {
                         let (x, w) = (&x[i / outputs * inputs..][..inputs], &source.values[i % outputs * inputs..][..inputs]);
                         let exact: f64 = x.iter().zip(w).map(|(&x, &w)| f64::from(x) * f64::from(w)).sum();
@@ -415,7 +434,7 @@ mod tests {
                         assert!(y == fixed, "{dtype:?} {outputs} x {inputs}, {rows} rows: not inputs ascending");
                     }
                     for level in vectorised() {
-                        assert!(weight.product(level, &x) == y, "{level:?} {dtype:?} {outputs} x {inputs}, {rows} rows");
+                        assert!(product(&weight, level, 2, &x) == y, "{level:?} {dtype:?} {outputs} x {inputs}, {rows} rows");
                     }
                 }
             }
@@ -426,16 +445,40 @@ mod tests {
     fn threads_and_company_change_no_bit() {
         let weight = Source::new(DType::BF16, 100, 700).weight();
         let x = noise(101 * 700, 3);
-        let all = weight.product(Level::best(), &x);
+        let all = best(&weight, &x);
         for row in [0, 5, 95, 96, 100] {
-            assert_eq!(weight.product(Level::best(), &x[row * 700..][..700]), all[row * 100..][..100]);
+            assert_eq!(best(&weight, &x[row * 700..][..700]), all[row * 100..][..100]);
         }
-        let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-        let five = rayon::ThreadPoolBuilder::new().num_threads(5).build().unwrap();
-        for pool in [one, five] {
-            assert!(pool.install(|| weight.product(Level::best(), &x)) == all);
-            assert_eq!(pool.install(|| weight.product(Level::best(), &x[..700])), all[..100]);
+        for threads in [1, 5] {
+            assert!(product(&weight, Level::best(None), threads, &x) == all);
+            assert_eq!(product(&weight, Level::best(None), threads, &x[..700]), all[..100]);
         }
+    }
+
+    #[test]
+    fn a_product_is_added_onto_what_is_there() {
+        let weight = Source::new(DType::F32, 100, 700).weight();
+        let (x, there) = (noise(101 * 700, 3), noise(101 * 100, 4));
+        for rows in [1, 4, 101] {
+            let (ops, mut onto) = (ops(Level::best(None), 2), there[..rows * 100].to_vec());
+            ops.team.hold(|| weight.product(&ops, &x[..rows * 700], &mut vec![0.0; rows * 100], Some(&mut onto)));
+            let expected: Vec<f32> = best(&weight, &x[..rows * 700]).iter().zip(&there).map(|(y, there)| there + y).collect();
+            assert!(onto == expected);
+        }
+    }
+
+    #[test]
+    fn a_file_is_let_go_as_it_is_packed() {
+        let (source, seen) = (Source::new(DType::BF16, 100, 70_000), std::cell::RefCell::new(Vec::new()));
+        let done = |bytes: &[u8]| seen.borrow_mut().push((bytes.as_ptr() as usize, bytes.len()));
+        Weight::pack(&Team::of(2), &[source.matrix().rows(0..30), source.matrix().rows(30..100)], None, None, &done).unwrap();
+        let mut at = source.bytes[1..].as_ptr() as usize;
+        assert!(seen.borrow().len() > 3, "{seen:?}");
+        for &(start, len) in seen.borrow().iter() {
+            assert_eq!(start, at);
+            at += len;
+        }
+        assert_eq!(at, source.bytes.as_ptr_range().end as usize);
     }
 
     #[test]
@@ -445,10 +488,10 @@ mod tests {
         let bias = noise(55, 1);
         let x = noise(80, 2);
         for parts in [parts, mixed] {
-            let apart: Vec<_> = parts.iter().map(|part| part.weight().product(Level::best(), &x)).collect();
+            let apart: Vec<_> = parts.iter().map(|part| best(&part.weight(), &x)).collect();
             let matrices = parts.each_ref().map(Source::matrix);
-            let stacked = Weight::pack(&matrices, Some(&bias)).unwrap();
-            let y = stacked.product(Level::best(), &x);
+            let stacked = pack(&matrices, Some(&bias)).unwrap();
+            let y = best(&stacked, &x);
             for row in 0..2 {
                 let expected = apart.iter().zip(&parts).flat_map(|(y, part)| &y[row * part.outputs..][..part.outputs]);
                 let expected: Vec<f32> = expected.zip(&bias).map(|(y, bias)| y + bias).collect();
@@ -466,15 +509,16 @@ mod tests {
         }
         let transposed = Matrix { bytes: &bytes[1..], transposed: true, ..source.matrix() };
         let x = noise(300, 4);
-        let weight = Weight::pack(&[transposed], None).unwrap();
-        assert_eq!(weight.product(Level::best(), &x), source.weight().product(Level::best(), &x));
+        let weight = pack(&[transposed], None).unwrap();
+        assert_eq!(best(&weight, &x), best(&source.weight(), &x));
     }
 
     #[test]
     fn rows_come_out_as_they_went_in() {
         for dtype in DTYPES {
             let source = Source::new(dtype, 50, 33);
-            let rows = source.weight().rows(&[49, 0, 17, 17]);
+            let mut rows = vec![f32::NAN; 4 * 33];
+            source.weight().rows(&Team::of(2), &[49, 0, 17, 17], &mut rows);
             let expected: Vec<f32> = [49, 0, 17, 17].iter().flat_map(|i| &source.values[i * 33..][..33]).copied().collect();
             assert_eq!(rows, expected);
         }
@@ -482,16 +526,16 @@ mod tests {
 
     #[test]
     fn the_type_of_the_file_is_kept() {
-        // 50 outputs take 4 panels of 16.
-        assert_eq!(DTYPES.map(|dtype| Source::new(dtype, 50, 33).weight().bytes()), [64 * 33 * 4, 64 * 33 * 2, 64 * 33 * 2]);
+        // 50 outputs take 4 panels of 16; bf16 has inputs up to 64.
+        assert_eq!(DTYPES.map(|dtype| Source::new(dtype, 50, 33).weight().bytes()), [64 * 33 * 4, 64 * 64 * 2, 64 * 33 * 2]);
         let source = Source::new(DType::BF16, 50, 33);
-        assert_eq!(Weight::pack(&[source.matrix()], Some(&[0.0; 50])).unwrap().bytes(), 64 * 33 * 2 + 50 * 4);
+        assert_eq!(pack(&[source.matrix()], Some(&[0.0; 50])).unwrap().bytes(), 64 * 64 * 2 + 50 * 4);
     }
 
     #[test]
     fn lying_matrices_are_refused() {
         let source = Source::new(DType::F32, 4, 6);
-        let refuse = |matrix, bias| Weight::pack(&[source.matrix(), matrix], bias).unwrap_err().to_string();
+        let refuse = |matrix, bias| pack(&[source.matrix(), matrix], bias).unwrap_err().to_string();
         let short = Matrix { bytes: &source.bytes[2..], ..source.matrix() };
         assert_eq!(refuse(short, None), "tensor: a weight of 95 bytes as 4 x 6 beside one with 6 inputs");
         let narrow = Matrix { inputs: 3, outputs: 8, ..source.matrix() };
