@@ -185,6 +185,9 @@ impl Generator {
         let memory = self.reckon(&plan, 1, 1);
         let mut explanation = plan.explanation;
         explanation.notes.push(format!("memory for a prompt of one token: {memory}"));
+        if !info.operations.is_empty() {
+            explanation.notes.push(format!("computed in {} by {}", info.dtype.as_str(), info.operations));
+        }
         explanation.notes.extend(match info.context {
             Context::Unlimited => None,
             Context::Soft(len) => Some(format!("the model was made for {len} positions; a longer row runs on, with no promise of sense")),

@@ -89,6 +89,7 @@ pub use device::device;
 pub use error::{Error, Problem, Result};
 pub use foreign::Foreign;
 pub use generator::{Builder, Generator};
+pub use kernels::{AttnImplementation, Instructions};
 pub use logits::{History, LogitsProcessor};
 pub use memory::Memory;
 pub use model::{Cache, Context, Feed, Forward, Model, ModelInfo, Room, Start, Values, Want};

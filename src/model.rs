@@ -171,6 +171,8 @@ pub struct ModelInfo {
     pub device: Device,
     /// The type of the arithmetic, which need not be the type the weights are stored in.
     pub dtype: DType,
+    /// What computes it, for people; empty if nobody says.
+    pub operations: String,
     /// Bytes that the weights take in memory.
     pub weight_bytes: u64,
     /// Bytes that one position of one row takes in the cache.
@@ -216,6 +218,7 @@ impl ModelInfo {
             source_bytes: 0,
             device: Device::Cpu,
             dtype: DType::F32,
+            operations: String::new(),
             weight_bytes: 0,
             position_bytes: 0,
             page: 1,

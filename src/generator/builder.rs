@@ -5,6 +5,7 @@ use crate::{
     config::GenerationConfig,
     error::{Error, Result},
     hub::{self, Repo},
+    kernels::{AttnImplementation, Instructions},
     models::{self, Kernels, LoadOptions},
     progress::OnProgress,
     run::Setting,
@@ -60,6 +61,27 @@ impl Builder {
     /// Which implementation of the decoder's operations is used.
     pub fn kernels(mut self, kernels: Kernels) -> Self {
         self.options.kernels = kernels;
+        self
+    }
+
+    /// Threads that compute on the CPU, 1 to 1024: as many as the process may use physical cores unless set. Models with as many
+    /// threads share them; passes of theirs take turns. They sleep while nothing is computed. Candle's operations have threads of
+    /// their own (`RAYON_NUM_THREADS`).
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.options.threads = Some(threads);
+        self
+    }
+
+    /// The most that kernels for the CPU may use of the processor's instructions: all that it has unless set.
+    pub fn instructions(mut self, most: Instructions) -> Self {
+        self.options.instructions = Some(most);
+        self
+    }
+
+    /// How attention is computed: unless set `Flash` by the kernels for the CPU, and `Eager` in candle's operations, which have nothing
+    /// else.
+    pub fn attn_implementation(mut self, attention: AttnImplementation) -> Self {
+        self.options.attn_implementation = Some(attention);
         self
     }
 

@@ -7,6 +7,7 @@ pub(crate) mod candle;
 pub(crate) mod cpu;
 mod route;
 
+pub use cpu::Instructions;
 pub(crate) use route::Picks;
 
 use crate::{
@@ -195,6 +196,16 @@ pub(crate) struct Attention {
     pub softcap: Option<f32>,
     pub sight: Sight,
     pub bias: Bias,
+}
+
+/// How attention is computed. The results differ by rounding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum AttnImplementation {
+    /// All scores of a token, their softmax, then the sum of the values: memory grows with the length.
+    Eager,
+    /// Some positions at a time, joined by an online softmax (<https://arxiv.org/abs/2205.14135>): the same memory at every length.
+    Flash,
 }
 
 /// The positions that a token sees.

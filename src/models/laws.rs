@@ -5,7 +5,7 @@ use super::{decoder::Decoder, families, fields::Fields, tiny, weights::Weights};
 use crate::{
     device::tested,
     error::Error,
-    kernels::{Ops, candle::CandleOps, cpu::CpuOps},
+    kernels::{AttnImplementation, Ops, candle::CandleOps, cpu::CpuOps},
     model::{Cache, Context, Feed, Model, ModelInfo, Room, Start, Values, Want},
 };
 use candle_core::{DType, Device};
@@ -34,7 +34,7 @@ fn both(family: &str, changes: Value) -> [Case; 2] {
     let folder = tiny::write(&config, Dtype::F32);
     let case = |model, tolerance| Case { name: family.to_owned(), model, tolerance };
     let (plain, tolerance) = plain();
-    [case(open(plain, folder.path()), tolerance), case(open(CpuOps::new(None, None), folder.path()), 0.0)]
+    [case(open(plain, folder.path()), tolerance), case(open(CpuOps::new(None, None, AttnImplementation::Flash), folder.path()), 0.0)]
 }
 
 /// Candle's operations, and how far two of their computations of one logit may lie apart.

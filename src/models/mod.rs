@@ -22,7 +22,7 @@ use crate::{
     cache::{PAGE, Pages},
     device::turn,
     error::{Error, Result},
-    kernels::{candle::CandleOps, cpu::CpuOps},
+    kernels::{AttnImplementation, Instructions, candle::CandleOps, cpu::CpuOps},
     model::{Model, ModelInfo},
     progress::OnProgress,
 };
@@ -43,6 +43,12 @@ pub struct LoadOptions {
     pub dtype: Option<DType>,
     /// Which implementation of the operations is used.
     pub kernels: Kernels,
+    /// Threads of the fused operations; as many as the process may use physical cores unless set.
+    pub threads: Option<usize>,
+    /// The most that the fused operations may use of the processor's instructions.
+    pub instructions: Option<Instructions>,
+    /// How attention is computed; flash unless set, where there is a choice.
+    pub attn_implementation: Option<AttnImplementation>,
     /// Told about progress; can cancel.
     pub progress: Option<OnProgress>,
 }
@@ -60,9 +66,20 @@ pub enum Kernels {
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { device: Device::Cpu, dtype: None, kernels: Kernels::Auto, progress: None }
+        Self {
+            device: Device::Cpu,
+            dtype: None,
+            kernels: Kernels::Auto,
+            threads: None,
+            instructions: None,
+            attn_implementation: None,
+            progress: None,
+        }
     }
 }
+
+/// The most threads that a model may be given.
+const THREADS: usize = 1024;
 
 /// Loads the model of a folder in Hugging Face's format: `config.json` and the weights.
 pub fn load(folder: impl AsRef<Path>, options: &LoadOptions) -> Result<Arc<dyn Model>> {
@@ -77,6 +94,9 @@ pub fn load(folder: impl AsRef<Path>, options: &LoadOptions) -> Result<Arc<dyn M
     if !matches!(dtype, DType::F32 | DType::BF16 | DType::F16) {
         return Err(Error::config("dtype", dtype.as_str(), "f32, bf16 and f16 are accepted"));
     }
+    if let Some(threads) = options.threads.filter(|threads| !(1..=THREADS).contains(threads)) {
+        return Err(Error::config("threads", threads, format!("1 to {THREADS} are accepted")));
+    }
     let weights = Weights::open(folder, spec.base)?;
     build(&spec, &weights, dtype, options)
 }
@@ -88,12 +108,18 @@ fn build(spec: &DecoderSpec, weights: &Weights, dtype: DType, options: &LoadOpti
     let info = ModelInfo { device: device.clone(), dtype, ..ModelInfo::new(spec.family, spec.vocab) };
     Ok(match (device, dtype, kernels) {
         (Device::Cpu, DType::F32, Kernels::Auto) => {
-            let info = ModelInfo { page: PAGE, position_bytes: Pages::position_bytes(shape), ..info };
-            Arc::new(Decoder::load(CpuOps::new(None, None), info, spec, weights, progress)?)
+            let attention = options.attn_implementation.unwrap_or(AttnImplementation::Flash);
+            let ops = CpuOps::new(options.threads, options.instructions, attention);
+            let info = ModelInfo { page: PAGE, position_bytes: Pages::position_bytes(shape), operations: ops.describe(), ..info };
+            Arc::new(Decoder::load(ops, info, spec, weights, progress)?)
+        }
+        _ if options.attn_implementation == Some(AttnImplementation::Flash) => {
+            return Err(Error::Unsupported("flash attention in candle's operations, whose attention is eager".into()));
         }
         _ => {
             let values = 2 * shape.layers * shape.kv_heads * shape.head_dim;
-            let info = ModelInfo { position_bytes: (values * dtype.size_in_bytes()) as u64, ..info };
+            let operations = "candle's operations, eager attention".to_owned();
+            let info = ModelInfo { position_bytes: (values * dtype.size_in_bytes()) as u64, operations, ..info };
             Arc::new(turn(device, || Decoder::load(CandleOps::new(device.clone(), dtype), info, spec, weights, progress))?)
         }
     })

@@ -1,11 +1,12 @@
 //! What the suites share: where checkpoints lie, and where and in which arithmetic they are computed.
 //!
-//! Suites run on the CPU in f32. `CANDLE_GENERATE_DEVICE=cuda:0` and `CANDLE_GENERATE_DTYPE=bf16` (or f16) have them run elsewhere,
+//! Suites run on the CPU in f32 with all instructions that it has. `CANDLE_GENERATE_INSTRUCTIONS=avx2` (or portable, avx512, avx512bf16,
+//! amx) has them use no more. `CANDLE_GENERATE_DEVICE=cuda:0` and `CANDLE_GENERATE_DTYPE=bf16` (or f16) have them run elsewhere,
 //! where laws hold up to rounding only.
 #![allow(dead_code, clippy::unwrap_used, clippy::panic)]
 
 use candle_generate::{
-    Builder, Generator, Sequence,
+    Builder, Generator, Instructions, Sequence,
     candle_core::{DType, Device},
     device,
 };
@@ -27,7 +28,22 @@ pub fn load(folder: impl AsRef<Path>) -> Generator {
 }
 
 pub fn builder(folder: impl AsRef<Path>) -> Builder {
-    Generator::builder(folder).device(place()).dtype(dtype())
+    let builder = Generator::builder(folder).device(place()).dtype(dtype());
+    match instructions() {
+        Some(most) => builder.instructions(most),
+        None => builder,
+    }
+}
+
+fn instructions() -> Option<Instructions> {
+    Some(match env::var("CANDLE_GENERATE_INSTRUCTIONS").ok()?.as_str() {
+        "portable" => Instructions::Portable,
+        "avx2" => Instructions::Avx2,
+        "avx512" => Instructions::Avx512,
+        "avx512bf16" => Instructions::Avx512Bf16,
+        "amx" => Instructions::Amx,
+        other => panic!("CANDLE_GENERATE_INSTRUCTIONS={other}: portable, avx2, avx512, avx512bf16 and amx are accepted"),
+    })
 }
 
 fn place() -> Device {

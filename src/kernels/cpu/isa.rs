@@ -51,6 +51,13 @@ pub enum Instructions {
     Amx,
 }
 
+impl Instructions {
+    /// All that this processor has.
+    pub fn best() -> Self {
+        Level::best(None).0
+    }
+}
+
 /// An instruction set that this processor has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Level(Instructions);

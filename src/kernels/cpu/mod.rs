@@ -14,7 +14,7 @@ mod tile;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-use super::{Activation, Attention, Matrix, Norm, Ops, Picks, Rope, Span, StoreShape, route::pick};
+use super::{Activation, Attention, AttnImplementation, Matrix, Norm, Ops, Picks, Rope, Span, StoreShape, route::pick};
 use crate::{
     cache::Pages,
     error::Result,
@@ -46,14 +46,21 @@ pub(crate) struct Act {
 
 impl CpuOps {
     /// On so many threads, by default as many as there are cores, and with the best instructions of this processor up to `most`.
-    pub(crate) fn new(threads: Option<usize>, most: Option<Instructions>) -> Self {
+    pub(crate) fn new(threads: Option<usize>, most: Option<Instructions>, attention: AttnImplementation) -> Self {
         let team = Team::of(threads.unwrap_or_else(threads::cores));
-        Self { level: Level::best(most), team, scratch: Arc::default(), span: attention::SPAN }
+        let span = match attention {
+            AttnImplementation::Flash => attention::SPAN,
+            AttnImplementation::Eager => usize::MAX,
+        };
+        Self { level: Level::best(most), team, scratch: Arc::default(), span }
     }
 
-    /// How it computes, for people.
+    /// What it computes with, for people.
     pub(crate) fn describe(&self) -> String {
-        format!("{:?} on {} threads", self.level.instructions(), self.team.threads())
+        let attention = if self.span == usize::MAX { "eager" } else { "flash" };
+        let threads = self.team.threads();
+        let s = if threads == 1 { "" } else { "s" };
+        format!("fused kernels ({:?}) on {threads} thread{s}, {attention} attention", self.level.instructions())
     }
 
     /// Activations of `tokens` times `width` values, to be written.
@@ -260,7 +267,7 @@ mod tests {
 
     #[test]
     fn a_pass_goes_from_ids_to_logits() {
-        let ops = CpuOps::new(Some(2), None);
+        let ops = CpuOps::new(Some(2), None, AttnImplementation::Flash);
         // Rows 1 0, 0 2 and 3 3 of a tied table.
         let bytes: Vec<u8> = [1.0f32, 0.0, 0.0, 2.0, 3.0, 3.0].iter().flat_map(|x| x.to_le_bytes()).collect();
         let table =
@@ -281,7 +288,7 @@ mod tests {
 
     #[test]
     fn a_plain_mlp_can_be_activated() {
-        let ops = CpuOps::new(Some(2), None);
+        let ops = CpuOps::new(Some(2), None, AttnImplementation::Flash);
         let x = act(&ops, &[-1.0, 2.0, -3.0, 4.0], 2);
         assert_eq!(ops.activate(Activation::Relu, x.clone()).unwrap().data[..], [0.0, 2.0, 0.0, 4.0]);
         let y = ops.gate(Activation::Relu, x).unwrap();
@@ -290,7 +297,7 @@ mod tests {
 
     #[test]
     fn experts_are_chosen_and_mixed() {
-        let ops = CpuOps::new(Some(2), None);
+        let ops = CpuOps::new(Some(2), None, AttnImplementation::Flash);
         let logits = act(&ops, &[0.0, 2.0f32.ln(), 5.0f32.ln(), 0.0, 0.0, -9.0], 3);
         let picks = ops.route(&logits, 2, false).unwrap();
         assert_eq!(picks.iter().map(|picks| picks.tokens.clone()).collect::<Vec<_>>(), [vec![1], vec![0, 1], vec![0]]);
@@ -302,7 +309,7 @@ mod tests {
 
     #[test]
     fn a_full_store_refuses_by_name() {
-        let ops = CpuOps::new(Some(2), None);
+        let ops = CpuOps::new(Some(2), None, AttnImplementation::Flash);
         let mut store = ops.store(StoreShape { layers: 1, kv_heads: 1, head_dim: 2 }, Room::Reserve(1)).unwrap();
         let (sight, bias) = (Sight::Causal, Bias::None);
         let attention = Attention { heads: 1, kv_heads: 1, head_dim: 2, scale: 1.0, softcap: None, sight, bias };
