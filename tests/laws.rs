@@ -2,7 +2,9 @@
 
 mod common;
 
-use candle_generate::{CancelToken, FinishReason, GenerationConfig, Generator, Kernels, Output, candle_core::DType};
+use candle_generate::{
+    AttnImplementation, Builder, CancelToken, FinishReason, GenerationConfig, Generator, Instructions, Kernels, Output, candle_core::DType,
+};
 use common::{STORYTELLER, agree, golden};
 use proptest::prelude::*;
 use std::sync::LazyLock;
@@ -195,6 +197,58 @@ fn the_twin_in_candle_operations_agrees() {
         }
     }
     assert!(steps > 300 && ties * 1000 <= steps, "{ties} ties in {steps} steps");
+}
+
+#[test]
+fn neither_threads_nor_instructions_change_a_row() {
+    let config = base(true, 8);
+    for family in FAMILIES {
+        let prompts = prompts(&[1, 40, 17], 11);
+        let output = |set: &dyn Fn(Builder) -> Builder| {
+            set(common::builder(golden(family))).load().unwrap().generate_batch(prompts.clone(), &config).unwrap()
+        };
+        let usual = output(&|builder| builder);
+        for threads in [1, 2, 5] {
+            all_same(&usual, &output(&|builder| builder.threads(threads)), "some threads = others");
+        }
+        // In half precision each unit that multiplies it has a way of its own.
+        if common::exact() {
+            for most in [Instructions::Portable, Instructions::Avx2, Instructions::Avx512] {
+                if most > Instructions::best() {
+                    println!("skipped: this processor has no {most:?}");
+                } else {
+                    all_same(&usual, &output(&|builder| builder.instructions(most)), "some instructions = others");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn eager_attention_is_flash_attention_up_to_rounding() {
+    if !common::exact() {
+        println!("skipped: both are the kernels' of the CPU");
+        return;
+    }
+    // Longer than what is joined at a time.
+    let prompts = prompts(&[700, 30], 3);
+    let config = GenerationConfig::greedy().max_new_tokens(4).output_logits(true);
+    let output = |attention| {
+        let generator = common::builder(STORYTELLER).attn_implementation(attention).load().unwrap();
+        assert!(generator.explain(&config).unwrap().to_string().contains(&format!("{attention:?} attention").to_lowercase()));
+        let whole = generator.generate_batch(prompts.clone(), &config).unwrap();
+        let chunked = generator.generate_batch(prompts.clone(), &config.clone().prefill_chunk_size(100)).unwrap();
+        all_same(&whole, &chunked, "chunked = whole");
+        whole
+    };
+    let (eager, flash) = (output(AttnImplementation::Eager), output(AttnImplementation::Flash));
+    for (eager, flash) in eager.sequences.iter().zip(&flash.sequences) {
+        assert_eq!(eager.tokens, flash.tokens);
+        let logits = |row: &candle_generate::Sequence| row.logits.clone().unwrap().concat();
+        let apart = logits(eager).iter().zip(logits(flash)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(apart < 1e-4, "{apart}");
+        assert!(eager.row > 0 || apart > 0.0, "700 positions are more than a span");
+    }
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! Bad input: each is a clear error that names the field or the file, before anything is computed or allocated.
 
 use candle_generate::{
-    Cache, Error, Feed, Forward, GenerationConfig, Generator, Model, ModelInfo, Prompt, Result, Start, Values, Want, candle_core::DType,
+    AttnImplementation, Cache, Error, Feed, Forward, GenerationConfig, Generator, Kernels, Model, ModelInfo, Prompt, Result, Start, Values,
+    Want, candle_core::DType,
 };
 use proptest::prelude::*;
 use std::{
@@ -115,6 +116,16 @@ fn names_that_are_no_folders() {
         refused(builder.clone().offline(true).load(), "hub", &["owner/name", "revision v1", "is not in the cache"]);
         refused(builder.revision("v2").load(), "hub", &["\"v2\"", "\"v1\""]);
     }
+}
+
+#[test]
+fn what_cannot_compute() {
+    let builder = || Generator::builder("examples/models/storyteller");
+    for threads in [0, 1025, usize::MAX] {
+        refused(builder().threads(threads).load(), "config", &["threads", &threads.to_string(), "1 to 1024"]);
+    }
+    let flash = builder().kernels(Kernels::Candle).attn_implementation(AttnImplementation::Flash);
+    refused(flash.load(), "unsupported", &["flash attention", "eager"]);
 }
 
 #[test]

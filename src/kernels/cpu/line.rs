@@ -31,6 +31,7 @@ pub(crate) trait Line: Copy + Send + Sync {
     const ZERO: Self;
     /// Inputs that a line has values of.
     const INPUTS: usize;
+    const IS_F32: bool = false;
     /// The lines of two inputs.
     type Pair;
 
@@ -52,6 +53,7 @@ pub(crate) trait Line: Copy + Send + Sync {
 impl Line for F32 {
     const ZERO: Self = Self([0.0; LANES]);
     const INPUTS: usize = 1;
+    const IS_F32: bool = true;
     type Pair = [Self; 2];
 
     fn count(inputs: usize) -> usize {

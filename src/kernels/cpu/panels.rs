@@ -2,14 +2,14 @@
 
 use super::{
     CpuOps,
-    isa::{Isa, Task},
+    isa::{Isa, Level, Task},
     line::{Bf16, F16, F32, LANES, Line},
     threads::{Shares, Team, part},
     tile::{ROWS, multiply, tiled},
 };
 use crate::{error::Result, kernels::Matrix};
 use candle_core::{DType, Error};
-use std::{mem::MaybeUninit, ops::Range};
+use std::{cell::RefCell, mem::MaybeUninit, ops::Range};
 
 /// A weight `(outputs, inputs)`: panel `p` holds outputs `16 p ..`, lines of them with the inputs ascending; the last one is filled up
 /// with zeros.
@@ -162,9 +162,23 @@ impl<L: Line> Product<'_, L> {
             let depth = from..inputs.min(from + depth);
             for panel in panels.clone().step_by(group) {
                 let group = panel..panels.end.min(panel + group);
-                for row in band.clone().step_by(ROWS) {
-                    // SAFETY: the rows and outputs are those of this block.
-                    unsafe { tiled!(level, band.end - row, self.strip(row, group.clone(), depth.clone())) };
+                // SAFETY: the rows and outputs are those of this block.
+                unsafe {
+                    if few || L::IS_F32 {
+                        let stride = L::count(inputs);
+                        let lines = &self.lines[panel * stride + from / L::INPUTS..group.end * stride];
+                        self.strips(lines, stride, band.clone(), group, depth.clone());
+                    } else {
+                        // Widened once for all strips.
+                        widening(|wide| {
+                            wide.resize(wide.len().max(group.len() * depth.len()), F32::ZERO);
+                            for (panel, wide) in group.clone().zip(wide.chunks_exact_mut(depth.len())) {
+                                let lines = &self.lines[panel * L::count(inputs)..][from / L::INPUTS..];
+                                level.run(Widen { lines, wide });
+                            }
+                            self.strips(wide, depth.len(), band.clone(), group, depth.clone());
+                        });
+                    }
                 }
             }
         }
@@ -186,51 +200,65 @@ impl<L: Line> Product<'_, L> {
         }
     }
 
-    /// Adds the products of `inputs` to the outputs of `panels` for `R` rows.
+    /// Adds the products of `inputs` to the outputs of `panels`, whose lines for them begin at multiples of `stride`, for the rows `band`.
     ///
     /// # Safety
     /// As of [`Self::block`].
-    unsafe fn strip<const R: usize, const C: usize>(&self, row: usize, panels: Range<usize>, inputs: Range<usize>) {
-        self.ops.level.run(Strip::<L, R, C> { product: self, row, panels, inputs });
+    unsafe fn strips<M: Line>(&self, lines: &[M], stride: usize, band: Range<usize>, panels: Range<usize>, inputs: Range<usize>) {
+        for row in band.clone().step_by(ROWS) {
+            let strip = Strip { product: self, lines, stride, row, panels: panels.clone(), inputs: inputs.clone() };
+            tiled!(self.ops.level, band.end - row, strip.run(self.ops.level));
+        }
     }
 }
 
-/// Adds the products of `inputs` to the outputs of `panels` for `R` rows, `C` panels at a time. No other thread accesses these outputs
-/// meanwhile.
-struct Strip<'a, L, const R: usize, const C: usize> {
+/// Adds the products of `inputs` to the outputs of `panels` for some rows. No other thread accesses these outputs meanwhile.
+struct Strip<'a, L, M> {
     product: &'a Product<'a, L>,
+    lines: &'a [M],
+    stride: usize,
     row: usize,
     panels: Range<usize>,
     inputs: Range<usize>,
 }
 
-impl<L: Line, const R: usize, const C: usize> Task for Strip<'_, L, R, C> {
+impl<L: Line, M: Line> Strip<'_, L, M> {
+    fn run<const R: usize, const C: usize>(&self, level: Level) {
+        level.run(Tiles::<L, M, R, C>(self));
+    }
+}
+
+/// A strip of `R` rows, `C` panels at a time.
+struct Tiles<'a, L, M, const R: usize, const C: usize>(&'a Strip<'a, L, M>);
+
+impl<L: Line, M: Line, const R: usize, const C: usize> Task for Tiles<'_, L, M, R, C> {
     type Out = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let mut panel = self.panels.start;
-        while panel + C <= self.panels.end {
+        let Range { start, end } = self.0.panels;
+        let mut panel = start;
+        while panel + C <= end {
             self.tile::<I, C>(isa, panel);
             panel += C;
         }
-        while panel < self.panels.end {
+        while panel < end {
             self.tile::<I, 1>(isa, panel);
             panel += 1;
         }
     }
 }
 
-impl<L: Line, const R: usize, const C: usize> Strip<'_, L, R, C> {
+impl<L: Line, M: Line, const R: usize, const C: usize> Tiles<'_, L, M, R, C> {
     #[inline(always)]
     fn tile<I: Isa, const N: usize>(&self, isa: I, panel: usize) {
-        let Self { product, row, inputs, .. } = self;
-        let (width, count) = (product.weight.inputs, L::count(product.weight.inputs));
+        let &Strip { product, lines, stride, row, ref panels, ref inputs } = self.0;
+        let (width, first) = (product.weight.inputs, panel - panels.start);
         let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
         let mut rows = [&product.x[..0]; R];
-        let mut panels = [&product.lines[..0]; N];
+        let mut panels = [&lines[..0]; N];
         for c in 0..N {
-            panels[c] = &product.lines[(panel + c) * count..][..count][inputs.start / L::INPUTS..];
+            panels[c] = &lines[(first + c) * stride..];
         }
         for r in 0..R {
             rows[r] = &product.x[(row + r) * width..][inputs.clone()];
@@ -241,7 +269,7 @@ impl<L: Line, const R: usize, const C: usize> Strip<'_, L, R, C> {
                 }
             }
         }
-        multiply::<I, L, R, N>(isa, rows, panels, &mut sums);
+        multiply::<I, M, R, N>(isa, rows, panels, &mut sums);
         for r in 0..R {
             for c in 0..N {
                 // SAFETY: as above.
@@ -288,6 +316,39 @@ impl<L: Line> Product<'_, L> {
         isa.store(sums, &mut lanes);
         y.copy_from_slice(&lanes[..y.len()]);
     }
+}
+
+/// Lines of a panel as f32.
+struct Widen<'a, L> {
+    lines: &'a [L],
+    wide: &'a mut [F32],
+}
+
+impl<L: Line> Task for Widen<'_, L> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let (pairs, rest) = L::pairs(self.lines, self.wide.len());
+        let (twos, last) = self.wide.as_chunks_mut::<2>();
+        for (two, pair) in twos.iter_mut().zip(pairs) {
+            isa.store(L::widen(pair, 0, isa), &mut two[0].0);
+            isa.store(L::widen(pair, 1, isa), &mut two[1].0);
+        }
+        for (last, line) in last.iter_mut().zip(rest) {
+            isa.store(line.first(isa), &mut last.0);
+        }
+    }
+}
+
+/// Works with the place where this thread widens panels.
+fn widening(work: impl FnOnce(&mut Vec<F32>)) {
+    thread_local!(static OWN: RefCell<Vec<F32>> = const { RefCell::new(Vec::new()) });
+    // Nobody who works with it asks for it again; a new one would do as well.
+    OWN.with(|own| match own.try_borrow_mut() {
+        Ok(mut own) => work(&mut own),
+        Err(_) => work(&mut Vec::new()),
+    });
 }
 
 fn check(part: &Matrix<'_>, inputs: usize) -> Result<()> {
