@@ -382,7 +382,7 @@ impl<const R: usize, const C: usize> Score<'_, '_, R, C> {
             panels[c] = keys(c);
         }
         let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
-        multiply::<I, _, R, N>(isa, rows, panels, &mut sums);
+        multiply::<I, _, R, N, 0>(isa, rows, panels, &mut sums);
         for r in 0..R {
             let to = work.scores[(first + r) * work.len + page * PAGE..][..N * PAGE].as_chunks_mut().0;
             for c in 0..N {
@@ -489,7 +489,7 @@ impl<const R: usize, const C: usize> Sum<'_, '_, R, C> {
             for c in 1..N {
                 panels[c] = values(c);
             }
-            multiply::<I, _, R, N>(isa, rows, panels, &mut sums);
+            multiply::<I, _, R, N, 0>(isa, rows, panels, &mut sums);
             at += count;
         }
         for r in 0..R {

@@ -121,7 +121,8 @@ impl Weight {
         };
         let chunks = wanted.div_ceil(bands).min(panels.max(1));
         let onto = onto.map(Shares::new);
-        let product = Product { weight: self, ops, lines, x, y: Shares::new(y), onto };
+        let sides = Sides { inputs: self.inputs, outputs: self.outputs, x, y: Shares::new(y) };
+        let product = Product { weight: self, ops, lines, sides, onto };
         ops.team.run(bands * chunks, |i| {
             let (at, chunk) = (i / chunks * band, i % chunks);
             // SAFETY: bands and parts of the panels do not overlap, so no two pieces write the same values.
@@ -141,9 +142,16 @@ struct Product<'a, L> {
     weight: &'a Weight,
     ops: &'a CpuOps,
     lines: &'a [L],
+    sides: Sides<'a>,
+    onto: Option<Shares<'a, f32>>,
+}
+
+/// What goes into a product and what comes out.
+struct Sides<'a> {
+    inputs: usize,
+    outputs: usize,
     x: &'a [f32],
     y: Shares<'a, f32>,
-    onto: Option<Shares<'a, f32>>,
 }
 
 impl<L: Line> Product<'_, L> {
@@ -189,7 +197,7 @@ impl<L: Line> Product<'_, L> {
         for row in band {
             let place = row * outputs + columns.start..row * outputs + columns.end;
             // SAFETY: as above.
-            let y = unsafe { self.y.slice(place.clone()) };
+            let y = unsafe { self.sides.y.slice(place.clone()) };
             if let Some(bias) = &self.weight.bias {
                 y.iter_mut().zip(&bias[columns.clone()]).for_each(|(y, bias)| *y += bias);
             }
@@ -206,32 +214,36 @@ impl<L: Line> Product<'_, L> {
     /// As of [`Self::block`].
     unsafe fn strips<M: Line>(&self, lines: &[M], stride: usize, band: Range<usize>, panels: Range<usize>, inputs: Range<usize>) {
         for row in band.clone().step_by(ROWS) {
-            let strip = Strip { product: self, lines, stride, row, panels: panels.clone(), inputs: inputs.clone() };
-            tiled!(self.ops.level, band.end - row, strip.run(self.ops.level));
+            let strip = Strip { sides: &self.sides, lines, stride, row, panels: panels.clone(), inputs: inputs.clone() };
+            tiled!(self.ops.level, band.end - row, strip.run(self.ops.level, band.len() <= ROWS));
         }
     }
 }
 
 /// Adds the products of `inputs` to the outputs of `panels` for some rows. No other thread accesses these outputs meanwhile.
-struct Strip<'a, L, M> {
-    product: &'a Product<'a, L>,
-    lines: &'a [M],
+struct Strip<'a, L> {
+    sides: &'a Sides<'a>,
+    lines: &'a [L],
     stride: usize,
     row: usize,
     panels: Range<usize>,
     inputs: Range<usize>,
 }
 
-impl<L: Line, M: Line> Strip<'_, L, M> {
-    fn run<const R: usize, const C: usize>(&self, level: Level) {
-        level.run(Tiles::<L, M, R, C>(self));
+impl<L: Line> Strip<'_, L> {
+    fn run<const R: usize, const C: usize>(&self, level: Level, once: bool) {
+        // Lines that are read once: where they come in one stream, or vectors are wide, the processor does not look far enough ahead.
+        match once && (C == 1 || level.is_wide()) {
+            true => level.run(Tiles::<L, R, C, 1024>(self)),
+            false => level.run(Tiles::<L, R, C, 0>(self)),
+        }
     }
 }
 
 /// A strip of `R` rows, `C` panels at a time.
-struct Tiles<'a, L, M, const R: usize, const C: usize>(&'a Strip<'a, L, M>);
+struct Tiles<'a, L, const R: usize, const C: usize, const AHEAD: usize>(&'a Strip<'a, L>);
 
-impl<L: Line, M: Line, const R: usize, const C: usize> Task for Tiles<'_, L, M, R, C> {
+impl<L: Line, const R: usize, const C: usize, const AHEAD: usize> Task for Tiles<'_, L, R, C, AHEAD> {
     type Out = ();
 
     #[inline(always)]
@@ -249,42 +261,42 @@ impl<L: Line, M: Line, const R: usize, const C: usize> Task for Tiles<'_, L, M, 
     }
 }
 
-impl<L: Line, M: Line, const R: usize, const C: usize> Tiles<'_, L, M, R, C> {
+impl<L: Line, const R: usize, const C: usize, const AHEAD: usize> Tiles<'_, L, R, C, AHEAD> {
     #[inline(always)]
     fn tile<I: Isa, const N: usize>(&self, isa: I, panel: usize) {
-        let &Strip { product, lines, stride, row, ref panels, ref inputs } = self.0;
-        let (width, first) = (product.weight.inputs, panel - panels.start);
+        let &Strip { sides, lines, stride, row, ref panels, ref inputs } = self.0;
+        let (width, first) = (sides.inputs, panel - panels.start);
         let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
-        let mut rows = [&product.x[..0]; R];
+        let mut rows = [&sides.x[..0]; R];
         let mut panels = [&lines[..0]; N];
         for c in 0..N {
             panels[c] = &lines[(first + c) * stride..];
         }
         for r in 0..R {
-            rows[r] = &product.x[(row + r) * width..][inputs.clone()];
+            rows[r] = &sides.x[(row + r) * width..][inputs.clone()];
             if inputs.start > 0 {
                 for c in 0..N {
                     // SAFETY: the rows and outputs are those of this strip.
-                    sums[r][c] = unsafe { product.load(isa, row + r, panel + c) };
+                    sums[r][c] = unsafe { sides.load(isa, row + r, panel + c) };
                 }
             }
         }
-        multiply::<I, M, R, N>(isa, rows, panels, &mut sums);
+        multiply::<I, L, R, N, AHEAD>(isa, rows, panels, &mut sums);
         for r in 0..R {
             for c in 0..N {
                 // SAFETY: as above.
-                unsafe { product.store(isa, sums[r][c], row + r, panel + c) };
+                unsafe { sides.store(isa, sums[r][c], row + r, panel + c) };
             }
         }
     }
 }
 
-impl<L: Line> Product<'_, L> {
+impl Sides<'_> {
     /// # Safety
     /// No other thread accesses the outputs of this panel in this row meanwhile.
     #[inline(always)]
     unsafe fn outputs(&self, row: usize, panel: usize) -> &mut [f32] {
-        let outputs = self.weight.outputs;
+        let outputs = self.outputs;
         // SAFETY: as of this function.
         unsafe { self.y.slice(row * outputs + panel * LANES..row * outputs + outputs.min((panel + 1) * LANES)) }
     }

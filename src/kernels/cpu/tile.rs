@@ -8,9 +8,10 @@ use super::{isa::Isa, line::Line};
 /// Sums of `R` rows with `C` panels, in registers.
 pub(super) type Sums<I, const R: usize, const C: usize> = [[<I as Isa>::Lanes; C]; R];
 
-/// Adds to `sums` the products of rows with panels, all of as many inputs as the rows have.
+/// Adds to `sums` the products of rows with panels, all of as many inputs as the rows have. Lines are asked for `AHEAD` bytes before they
+/// are needed, if that is not 0.
 #[inline(always)]
-pub(super) fn multiply<I: Isa, L: Line, const R: usize, const C: usize>(
+pub(super) fn multiply<I: Isa, L: Line, const R: usize, const C: usize, const AHEAD: usize>(
     isa: I,
     rows: [&[f32]; R],
     panels: [&[L]; C],
@@ -33,6 +34,15 @@ pub(super) fn multiply<I: Isa, L: Line, const R: usize, const C: usize>(
         twos[r] = &rows[r][..inputs].as_chunks::<2>().0[..count];
     }
     for i in 0..count {
+        if AHEAD > 0 {
+            for pairs in &pairs {
+                let from = (&raw const pairs[i]).cast::<u8>().wrapping_add(AHEAD);
+                isa.prefetch(from);
+                if size_of::<L::Pair>() > 64 {
+                    isa.prefetch(from.wrapping_add(64));
+                }
+            }
+        }
         for input in 0..2 {
             let mut lines = [L::widen(&pairs[0][i], input, isa); C];
             for c in 1..C {
