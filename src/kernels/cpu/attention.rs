@@ -326,12 +326,12 @@ impl Work<'_> {
     }
 
     /// The products of `R` queries with all pages that one of them sees, a page being a panel of 16 positions.
-    fn score<const R: usize, const C: usize>(&mut self, level: Level, first: usize) {
+    fn score<const R: usize, const C: usize, const D: usize>(&mut self, level: Level, first: usize) {
         level.run(Score::<R, C> { work: self, first });
     }
 
     /// Adds the values of `positions` to the rows of `R` queries, with their weights.
-    fn sum<const R: usize, const C: usize>(&mut self, level: Level, first: usize, positions: Range<usize>) {
+    fn sum<const R: usize, const C: usize, const D: usize>(&mut self, level: Level, first: usize, positions: Range<usize>) {
         if !positions.is_empty() {
             level.run(Sum::<R, C> { work: self, first, positions });
         }

@@ -126,7 +126,7 @@ impl Weight {
         ops.team.run(bands * chunks, |i| {
             let (at, chunk) = (i / chunks * band, i % chunks);
             // SAFETY: bands and parts of the panels do not overlap, so no two pieces write the same values.
-            unsafe { product.block(at.min(rows)..rows.min(at + band), part(panels, 4, chunks, chunk)) };
+            unsafe { product.block(at.min(rows)..rows.min(at + band), part(panels, 2, chunks, chunk)) };
         });
     }
 }
@@ -231,19 +231,19 @@ struct Strip<'a, L> {
 }
 
 impl<L: Line> Strip<'_, L> {
-    fn run<const R: usize, const C: usize>(&self, level: Level, once: bool) {
+    fn run<const R: usize, const C: usize, const D: usize>(&self, level: Level, once: bool) {
         // Lines that are read once: where they come in one stream, or vectors are wide, the processor does not look far enough ahead.
         match once && (C == 1 || level.is_wide()) {
-            true => level.run(Tiles::<L, R, C, 1024>(self)),
-            false => level.run(Tiles::<L, R, C, 0>(self)),
+            true => level.run(Tiles::<L, R, C, D, 1024>(self)),
+            false => level.run(Tiles::<L, R, C, D, 0>(self)),
         }
     }
 }
 
-/// A strip of `R` rows, `C` panels at a time.
-struct Tiles<'a, L, const R: usize, const C: usize, const AHEAD: usize>(&'a Strip<'a, L>);
+/// A strip of `R` rows, `C` panels at a time, then `D`, then one.
+struct Tiles<'a, L, const R: usize, const C: usize, const D: usize, const AHEAD: usize>(&'a Strip<'a, L>);
 
-impl<L: Line, const R: usize, const C: usize, const AHEAD: usize> Task for Tiles<'_, L, R, C, AHEAD> {
+impl<L: Line, const R: usize, const C: usize, const D: usize, const AHEAD: usize> Task for Tiles<'_, L, R, C, D, AHEAD> {
     type Out = ();
 
     #[inline(always)]
@@ -254,6 +254,10 @@ impl<L: Line, const R: usize, const C: usize, const AHEAD: usize> Task for Tiles
             self.tile::<I, C>(isa, panel);
             panel += C;
         }
+        while D > 1 && panel + D <= end {
+            self.tile::<I, D>(isa, panel);
+            panel += D;
+        }
         while panel < end {
             self.tile::<I, 1>(isa, panel);
             panel += 1;
@@ -261,7 +265,7 @@ impl<L: Line, const R: usize, const C: usize, const AHEAD: usize> Task for Tiles
     }
 }
 
-impl<L: Line, const R: usize, const C: usize, const AHEAD: usize> Tiles<'_, L, R, C, AHEAD> {
+impl<L: Line, const R: usize, const C: usize, const D: usize, const AHEAD: usize> Tiles<'_, L, R, C, D, AHEAD> {
     #[inline(always)]
     fn tile<I: Isa, const N: usize>(&self, isa: I, panel: usize) {
         let &Strip { sides, lines, stride, row, ref panels, ref inputs } = self.0;

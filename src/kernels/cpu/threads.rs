@@ -314,8 +314,12 @@ impl<'a> Turn<'a> {
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
         *lock(&self.0.holder) = None;
-        lock(&self.0.queue).serving += 1;
-        self.0.moved.notify_all();
+        let mut queue = lock(&self.0.queue);
+        queue.serving += 1;
+        // Waking costs a call of the system even if nobody waits.
+        if queue.serving < queue.next {
+            self.0.moved.notify_all();
+        }
     }
 }
 

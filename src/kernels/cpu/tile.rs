@@ -70,25 +70,26 @@ pub(super) fn multiply<I: Isa, L: Line, const R: usize, const C: usize, const AH
 /// The largest number of rows of a tile.
 pub(super) const ROWS: usize = 6;
 
-/// Calls a function generic over `<const R: usize, const C: usize>` with the tile that suits `rows` in 1..=[`ROWS`].
+/// Calls a function generic over `<const R: usize, const C: usize, const D: usize>` with the tile that suits `rows` in 1..=[`ROWS`]: so
+/// many rows and panels, and the panels at a time of what is left of them.
 ///
 /// 16 registers of 8 lanes hold 12 sums, 2 halves of a line and an input; fewer rows take more panels, so that at least 8
 /// sums are in flight (2 multiply-adds a cycle, 4 cycles each). 32 registers of 16 lanes hold 24 sums and 4 lines.
 macro_rules! tiled {
     ($level:expr, $rows:expr, $self:ident.$f:ident($($argument:expr),* $(,)?)) => {
         match ($level.is_wide(), $rows) {
-            (false, 1) => $self.$f::<1, 4>($($argument),*),
-            (false, 2) => $self.$f::<2, 2>($($argument),*),
-            (false, 3) => $self.$f::<3, 1>($($argument),*),
-            (false, 4) => $self.$f::<4, 1>($($argument),*),
-            (false, 5) => $self.$f::<5, 1>($($argument),*),
-            (false, _) => $self.$f::<6, 1>($($argument),*),
-            (true, 1) => $self.$f::<1, 8>($($argument),*),
-            (true, 2) => $self.$f::<2, 4>($($argument),*),
-            (true, 3) => $self.$f::<3, 4>($($argument),*),
-            (true, 4) => $self.$f::<4, 4>($($argument),*),
-            (true, 5) => $self.$f::<5, 4>($($argument),*),
-            (true, _) => $self.$f::<6, 4>($($argument),*),
+            (false, 1) => $self.$f::<1, 4, 2>($($argument),*),
+            (false, 2) => $self.$f::<2, 2, 1>($($argument),*),
+            (false, 3) => $self.$f::<3, 1, 1>($($argument),*),
+            (false, 4) => $self.$f::<4, 1, 1>($($argument),*),
+            (false, 5) => $self.$f::<5, 1, 1>($($argument),*),
+            (false, _) => $self.$f::<6, 1, 1>($($argument),*),
+            (true, 1) => $self.$f::<1, 8, 4>($($argument),*),
+            (true, 2) => $self.$f::<2, 4, 2>($($argument),*),
+            (true, 3) => $self.$f::<3, 4, 2>($($argument),*),
+            (true, 4) => $self.$f::<4, 4, 2>($($argument),*),
+            (true, 5) => $self.$f::<5, 4, 2>($($argument),*),
+            (true, _) => $self.$f::<6, 4, 2>($($argument),*),
         }
     };
 }
