@@ -111,6 +111,12 @@ impl Page {
         Self { lines: vec![F32::ZERO; Self::lines(shape)], shape }
     }
 
+    /// All lines of a head: its keys and its values.
+    pub(crate) fn head(&self, layer: usize, head: usize) -> &[F32] {
+        let start = self.start(layer, head);
+        &self.lines[start..start + Self::head_lines(self.shape)]
+    }
+
     /// One panel of keys: a line for each dimension.
     pub(crate) fn keys(&self, layer: usize, head: usize) -> &[F32] {
         let start = self.start(layer, head);
@@ -137,14 +143,14 @@ impl Page {
 
     fn start(&self, layer: usize, head: usize) -> usize {
         debug_assert!(layer < self.shape.layers && head < self.shape.kv_heads);
-        (layer * self.shape.kv_heads + head) * Self::head(self.shape)
+        (layer * self.shape.kv_heads + head) * Self::head_lines(self.shape)
     }
 
     fn lines(shape: StoreShape) -> usize {
-        shape.layers * shape.kv_heads * Self::head(shape)
+        shape.layers * shape.kv_heads * Self::head_lines(shape)
     }
 
-    fn head(shape: StoreShape) -> usize {
+    fn head_lines(shape: StoreShape) -> usize {
         shape.head_dim + shape.head_dim.div_ceil(LANES) * PAGE
     }
 }

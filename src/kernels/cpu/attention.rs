@@ -356,7 +356,9 @@ impl<const R: usize, const C: usize> Task for Score<'_, '_, R, C> {
             }
         }
         let (mut page, end) = (start / PAGE, end.div_ceil(PAGE));
+        self.ask(isa, page..end.min(page + C));
         while page + C <= end {
+            self.ask(isa, page + C..end.min(page + 2 * C));
             self.pages::<I, C>(isa, page);
             page += C;
         }
@@ -368,6 +370,19 @@ impl<const R: usize, const C: usize> Task for Score<'_, '_, R, C> {
 }
 
 impl<const R: usize, const C: usize> Score<'_, '_, R, C> {
+    /// Asks for the keys and values of pages where they are read once: pages lie anywhere, so the processor cannot look ahead.
+    #[inline(always)]
+    fn ask<I: Isa>(&self, isa: I, pages: Range<usize>) {
+        let job = self.work.job;
+        if job.queries() <= ROWS {
+            for page in pages {
+                for line in job.row.store.page(self.work.start / PAGE + page).head(job.layer, job.head) {
+                    isa.prefetch((&raw const *line).cast());
+                }
+            }
+        }
+    }
+
     #[inline(always)]
     fn pages<I: Isa, const N: usize>(&mut self, isa: I, page: usize) {
         let (work, first) = (&mut *self.work, self.first);
