@@ -9,6 +9,7 @@ mod panels;
 mod pointwise;
 mod rope;
 mod scratch;
+mod span;
 mod threads;
 mod tile;
 #[cfg(target_arch = "x86_64")]

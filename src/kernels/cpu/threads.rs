@@ -351,7 +351,7 @@ mod tests {
             team.hold(|| {
                 for count in (0..300).chain([10_000]) {
                     let times: Vec<_> = (0..count).map(|_| AtomicUsize::new(0)).collect();
-                    team.run(count, |i| drop(times[i].fetch_add(1, Relaxed)));
+                    team.run(count, |i| _ = times[i].fetch_add(1, Relaxed));
                     assert!(times.iter().all(|times| times.load(Relaxed) == 1));
                 }
             });
@@ -405,7 +405,7 @@ mod tests {
                         team.hold(|| {
                             assert_eq!(inside.fetch_add(1, SeqCst), 0);
                             let sum = AtomicUsize::new(0);
-                            team.run(40, |i| drop(sum.fetch_add(i, Relaxed)));
+                            team.run(40, |i| _ = sum.fetch_add(i, Relaxed));
                             assert_eq!(sum.load(Relaxed), 780);
                             inside.fetch_sub(1, SeqCst);
                         });
@@ -438,7 +438,7 @@ mod tests {
             let result = catch_unwind(AssertUnwindSafe(|| team.hold(|| team.run(9, |i| assert!(i != 5, "five")))));
             assert_eq!(result.unwrap_err().downcast_ref::<&str>(), Some(&"five"));
             let sum = AtomicUsize::new(0);
-            team.hold(|| team.run(9, |i| drop(sum.fetch_add(i, Relaxed))));
+            team.hold(|| team.run(9, |i| _ = sum.fetch_add(i, Relaxed)));
             assert_eq!(sum.load(Relaxed), 36);
         }
     }
