@@ -30,15 +30,20 @@ OVERLAYS = {
 class Peers:
     """The folder that peers live in."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder.absolute()
-        self.python = self.folder / "venv/bin/python"
+    def __init__(self, folder: Path, python: Path | None = None):
+        self.folder, self.ready = folder.absolute(), python is not None
+        # Absolute, but not resolved: in a virtual environment it is a link.
+        self.python = python.absolute() if python else self.folder / "venv/bin/python"
         # Why a peer is not there.
         self.missing: dict[str, str] = {}
 
     def install(self, names: list[str]) -> None:
-        """Installs what is needed for peers of these names; what fails is missing."""
+        """Installs what is needed for peers of these names; what fails is missing. An interpreter that was given has what it has."""
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        if self.ready:
+            if "transformers-4" in names and not (self.folder / "transformers-4").exists():
+                self.missing["transformers-4"] = f"not in {self.folder}"
+            return
         if not self.python.exists():
             subprocess.run([sys.executable, "-m", "venv", self.folder / "venv"], check=True)
         wanted = [name for name in PINS if name == "transformers" or name in names]
