@@ -94,7 +94,7 @@ class Bench:
         if "contrastive" in options.measures and "transformers" in names:
             names.append("transformers-4")
         self.peers.install(names)
-        self.driver = options.driver or build()
+        self.driver = options.driver.absolute() if options.driver else build()
         self.threads = {name: str(options.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")}
         self.probe = self.worker("probe", [self.driver, "probe", str(options.threads)], os.environ)
         self.readings: list[float] = []
