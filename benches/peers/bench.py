@@ -15,11 +15,12 @@ import statistics
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from install import Peers
-from report import chart, markdown
+from report import write
 
 ROOT = Path(__file__).parent.parent.parent
 # Tokens that a decode generates after its first: fewer where each costs more.
@@ -88,38 +89,44 @@ class Worker:
 
 class Bench:
     def __init__(self, options: argparse.Namespace):
-        self.options, self.peers = options, Peers(options.folder)
+        self.options, self.peers = options, Peers(options.folder, options.python)
         names = [name for name in options.peers if name != "candle-transformers"]
         if "contrastive" in options.measures and "transformers" in names:
             names.append("transformers-4")
         self.peers.install(names)
-        self.driver = build()
+        self.driver = options.driver.absolute() if options.driver else build()
         self.threads = {name: str(options.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")}
         self.probe = self.worker("probe", [self.driver, "probe", str(options.threads)], os.environ)
         self.readings: list[float] = []
         self.peaks: list[float] = []
+        self.groups: list[dict] = []
+        self.alone: list[dict] = []
         self.versions: dict[str, str] = {}
         # A line each.
-        self.missing = dict(self.peers.missing)
+        self.missing: dict[str, str] = {}
         self.differences: list[str] = []
 
     def worker(self, name: str, command: list, environment: dict) -> Worker:
         return Worker(name, command, environment | getattr(self, "threads", {}), self.peers.folder / "logs" / f"{name}.log")
 
-    def run(self) -> dict:
+    def run(self) -> None:
         for _ in range(5):
             self.bandwidth()
-        groups, alone = [], []
         for model in self.options.models:
             for dtype in self.options.files:
                 workers = self.start(model, dtype)
+                name = {"model": model, "file": dtype}
                 try:
-                    groups.append({"model": model, "file": dtype, "figures": self.group(model, dtype, workers)})
-                    alone.append({"model": model, "file": dtype, "figures": self.alone(model, dtype, workers["ours"])})
+                    self.groups.append(name | {"figures": self.group(model, dtype, workers)})
+                    self.alone.append(name | {"figures": self.by_itself(model, dtype, workers["ours"])})
                 finally:
                     for worker in workers.values():
                         worker.end()
+                # What is measured stays measured, whatever becomes of the rest.
+                write(self.results(), self.options.folder)
         self.probe.end()
+
+    def results(self) -> dict:
         machine = {
             "processor": processor(),
             "flags": [flag for flag in FLAGS if flag in flags()],
@@ -136,8 +143,8 @@ class Bench:
             "machine": machine,
             "turns": self.options.turns,
             "versions": self.versions,
-            "groups": groups,
-            "alone": alone,
+            "groups": self.groups,
+            "alone": self.alone,
             "missing": self.missing,
             "differences": self.differences,
         }
@@ -180,7 +187,7 @@ class Bench:
             except ValueError as error:
                 if name == "ours":
                     raise
-                self.missing[f"{name} ({dtype})" if name not in self.peers.missing else name] = str(error)
+                self.missing[name if str(error) in self.peers.missing.values() else f"{name} ({model}, {dtype})"] = str(error)
         for name in workers:
             if name in ("ours", "candle-transformers"):
                 self.versions[name] = package("candle-generate" if name == "ours" else name)
@@ -283,7 +290,7 @@ class Bench:
             taken["memory, four rows"] = ((all["peak"] - worker.hello["before"]) / whole, "x weights + cache", None)
         return taken
 
-    def alone(self, model: str, dtype: str, ours: Worker) -> dict:
+    def by_itself(self, model: str, dtype: str, ours: Worker) -> dict:
         """Figures of ours that no peer has: {figure: values}."""
         prompts, new, figures = ids(1, 64, vocab(model)), self.options.new or MODELS[model], {}
 
@@ -374,13 +381,17 @@ def cores() -> int:
 
 
 def output(*command) -> str:
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    """What a command prints; nothing where there is no such command."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def package(name: str) -> str:
     """The version of a package that ours is built with."""
-    metadata = json.loads(output("cargo", "metadata", "--format-version", "1", "--offline"))
-    return next((package["version"] for package in metadata["packages"] if package["name"] == name), "")
+    packages = tomllib.loads((ROOT / "Cargo.lock").read_text())["package"]
+    return next((package["version"] for package in packages if package["name"] == name), "")
 
 
 def build() -> Path:
@@ -405,6 +416,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=None, help="samples of each engine; 5 unless set")
     parser.add_argument("--new", type=int, default=None, help="tokens of a decode after the first")
     parser.add_argument("--folder", type=Path, default=target / "peers", help="environments, checkpoints, logs and results")
+    parser.add_argument("--python", type=Path, default=None, help="an interpreter that has the peers; nothing is installed then")
+    parser.add_argument("--driver", type=Path, default=None, help="the Rust half, where it is built already")
     chosen = parser.parse_args()
     chosen.turns = chosen.turns or (2 if chosen.quick else 5)
     chosen.new = chosen.new or (32 if chosen.quick else None)
@@ -415,14 +428,9 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     chosen = options()
-    results = Bench(chosen).run()
-    folder = chosen.folder
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
-    table = markdown(results)
-    (folder / "table.md").write_text(table)
-    (folder / "chart.svg").write_text(chart(results))
-    print(table)
-    print(f"also in {folder}: table.md, chart.svg, results.json", file=sys.stderr)
+    Bench(chosen).run()
+    print((chosen.folder / "table.md").read_text())
+    print(f"also in {chosen.folder}: table.md, chart.svg, results.json", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -30,15 +30,20 @@ OVERLAYS = {
 class Peers:
     """The folder that peers live in."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder.absolute()
-        self.python = self.folder / "venv/bin/python"
+    def __init__(self, folder: Path, python: Path | None = None):
+        self.folder, self.ready = folder.absolute(), python is not None
+        # Absolute, but not resolved: in a virtual environment it is a link.
+        self.python = python.absolute() if python else self.folder / "venv/bin/python"
         # Why a peer is not there.
         self.missing: dict[str, str] = {}
 
     def install(self, names: list[str]) -> None:
-        """Installs what is needed for peers of these names; what fails is missing."""
+        """Installs what is needed for peers of these names; what fails is missing. An interpreter that was given has what it has."""
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        if self.ready:
+            if "transformers-4" in names and not (self.folder / "transformers-4").exists():
+                self.missing["transformers-4"] = f"not in {self.folder}"
+            return
         if not self.python.exists():
             subprocess.run([sys.executable, "-m", "venv", self.folder / "venv"], check=True)
         wanted = [name for name in PINS if name == "transformers" or name in names]
@@ -46,18 +51,19 @@ class Peers:
             self.pip(name, PINS[name])
         for name, peer in {"transformers-4": "transformers-4", "optimum": "openvino"}.items():
             if peer in names:
-                self.pip(name, ["--target", str(self.folder / name), "--no-deps", *OVERLAYS[name]])
+                self.pip(name, ["--no-deps", *OVERLAYS[name]], self.folder / name)
 
-    def pip(self, name: str, pins: list[str]) -> None:
+    def pip(self, name: str, pins: list[str], target: Path | None = None) -> None:
         stamp = self.folder / "installed" / name
         if stamp.exists() and stamp.read_text() == " ".join(pins):
             return
         print(f"installing {name}: {' '.join(pin for pin in pins if '==' in pin)}", file=sys.stderr)
-        if "--target" in pins:
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        if target:
+            shutil.rmtree(target, ignore_errors=True)
         with open(self.folder / "logs" / f"pip-{name}.log", "w") as log:
             environment = os.environ | {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-            done = subprocess.run([self.python, "-m", "pip", "install", *pins], stdout=log, stderr=log, env=environment)
+            command = [self.python, "-m", "pip", "install", *pins, *(["--target", target] if target else [])]
+            done = subprocess.run(command, stdout=log, stderr=log, env=environment)
         if done.returncode:
             self.missing[name] = f"pip failed, see {log.name}"
             return

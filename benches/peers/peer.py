@@ -18,7 +18,8 @@ class Transformers:
 
         torch.set_num_threads(threads)
         transformers.logging.set_verbosity_error()
-        self.version, self.torch, self.transformers = transformers.__version__, torch, transformers
+        self.version = f"{transformers.__version__} with torch {torch.__version__}"
+        self.torch, self.transformers = torch, transformers
         self.folder, self.dtype = folder, torch.bfloat16 if dtype == "bf16" else torch.float32
 
     def load(self) -> None:
