@@ -24,17 +24,18 @@ struct Case {
 
 /// Every family over all operations.
 fn cases() -> impl Iterator<Item = Case> {
-    tiny::FAMILIES.into_iter().flat_map(|family| both(family, json!({})))
+    tiny::FAMILIES.into_iter().flat_map(|family| all(family, json!({})))
 }
 
-/// A family with some fields changed, over all operations.
-fn both(family: &str, changes: Value) -> [Case; 2] {
+/// A family with some fields changed, over all operations: candle's, and fused ones in f32 and in bf16.
+fn all(family: &str, changes: Value) -> [Case; 3] {
     let mut config = tiny::config(family);
     config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
     let folder = tiny::write(&config, Dtype::F32);
     let case = |model, tolerance| Case { name: family.to_owned(), model, tolerance };
+    let fused = |dtype| case(open(CpuOps::new(dtype, None, None, AttnImplementation::Flash), folder.path()), 0.0);
     let (plain, tolerance) = plain();
-    [case(open(plain, folder.path()), tolerance), case(open(CpuOps::new(None, None, AttnImplementation::Flash), folder.path()), 0.0)]
+    [case(open(plain, folder.path()), tolerance), fused(DType::F32), fused(DType::BF16)]
 }
 
 /// Candle's operations, and how far two of their computations of one logit may lie apart.
@@ -50,13 +51,13 @@ fn plain() -> (CandleOps, f32) {
 }
 
 /// A model whose rows turn otherwise, all their tokens, past 8 positions.
-fn crossing() -> [Case; 2] {
-    both("phi3", json!({"original_max_position_embeddings": 8}))
+fn crossing() -> [Case; 3] {
+    all("phi3", json!({"original_max_position_embeddings": 8}))
 }
 
 /// A model whose rows turn more slowly the longer they are, past 8 positions.
-fn dynamic() -> [Case; 2] {
-    both("llama", json!({"max_position_embeddings": 8, "rope_scaling": {"type": "dynamic", "factor": 4.0}}))
+fn dynamic() -> [Case; 3] {
+    all("llama", json!({"max_position_embeddings": 8, "rope_scaling": {"type": "dynamic", "factor": 4.0}}))
 }
 
 fn open<O: Ops>(ops: O, folder: &Path) -> Box<dyn Model> {
@@ -117,7 +118,7 @@ fn fused_operations_agree_with_candles() {
         return;
     }
     for family in tiny::FAMILIES {
-        let [candle, fused] = both(family, json!({})).map(|case| case.whole(&IDS));
+        let [candle, fused, _] = all(family, json!({})).map(|case| case.whole(&IDS));
         let spread = candle.iter().map(|logit| logit.abs()).fold(0.0, f32::max);
         let apart = candle.iter().zip(&fused).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(candle.len() == fused.len() && apart < 1e-5 * spread.max(1.0), "{family}: {apart} apart of {spread}");
