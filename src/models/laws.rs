@@ -20,6 +20,8 @@ struct Case {
     name: String,
     model: Box<dyn Model>,
     tolerance: f32,
+    /// Whether it computes in half precision, which may round away what makes little difference.
+    is_half: bool,
 }
 
 /// Every family over all operations.
@@ -32,10 +34,10 @@ fn all(family: &str, changes: Value) -> [Case; 3] {
     let mut config = tiny::config(family);
     config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
     let folder = tiny::write(&config, Dtype::F32);
-    let case = |model, tolerance| Case { name: family.to_owned(), model, tolerance };
-    let fused = |dtype| case(open(CpuOps::new(dtype, None, None, AttnImplementation::Flash), folder.path()), 0.0);
+    let case = |model, tolerance, dtype| Case { name: family.to_owned(), model, tolerance, is_half: dtype != DType::F32 };
+    let fused = |dtype| case(open(CpuOps::new(dtype, None, None, AttnImplementation::Flash), folder.path()), 0.0, dtype);
     let (plain, tolerance) = plain();
-    [case(open(plain, folder.path()), tolerance), fused(DType::F32), fused(DType::BF16)]
+    [case(open(plain, folder.path()), tolerance, tested().1), fused(DType::F32), fused(DType::BF16)]
 }
 
 /// Candle's operations, and how far two of their computations of one logit may lie apart.
@@ -99,7 +101,7 @@ impl Case {
 
 #[test]
 fn logits_depend_on_every_token_in_sight() {
-    for case in cases() {
+    for case in cases().filter(|case| !case.is_half) {
         let logits = case.last(&IDS);
         for place in 0..IDS.len() {
             let mut ids = IDS;
@@ -322,7 +324,7 @@ fn readers() -> impl Iterator<Item = Case> {
 
 #[test]
 fn logits_depend_on_every_token_of_the_source() {
-    for case in readers() {
+    for case in readers().filter(|case| !case.is_half) {
         let last = |source: &[u32]| case.feed(&mut case.read(source, Room::Grow), &IDS, Want::Last);
         let ids = IDS.map(|id| id % 57);
         let logits = last(&ids);

@@ -321,3 +321,36 @@ fn is_allowed() -> bool {
 fn is_allowed() -> bool {
     false
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{super::noise, *};
+    use half::bf16;
+
+    #[test]
+    fn nothing_but_a_block_is_written() {
+        let Some(amx) = Amx::detect() else {
+            println!("skipped: this processor has no amx");
+            return;
+        };
+        let (count, depth) = (70, 64);
+        let x: Vec<u16> = noise(count * depth, 1).into_iter().map(|x| bf16::from_f32(x).to_bits()).collect();
+        let one = bf16::from_f32(1.0).to_bits();
+        for width in [16usize, 31, 40, 64, 97] {
+            let lines = vec![Bf16([one; 2 * LANES]); width.div_ceil(LANES) * depth / 2];
+            let last = width.div_ceil(LANES);
+            for rows in [0..1, 3..7, 1..17, 5..21, 2..34, 20..53, 40..70] {
+                for panels in [0..last, 0..1, last - 1..last, last / 2..last] {
+                    let mut y = vec![-700.0; count * width];
+                    let target = &Target::new(&mut y, width, None, None);
+                    // SAFETY: there is one thread.
+                    unsafe { amx.product(&Block { x: &x, depth, lines: &lines, target, rows: rows.clone(), panels: panels.clone() }) };
+                    for (i, y) in y.into_iter().enumerate() {
+                        let inside = rows.contains(&(i / width)) && panels.contains(&(i % width / LANES));
+                        assert_eq!(inside, y != -700.0, "{width} outputs: rows {rows:?}, panels {panels:?}: {y} at {i}");
+                    }
+                }
+            }
+        }
+    }
+}

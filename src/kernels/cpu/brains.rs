@@ -5,8 +5,6 @@
 //! so that a row's bits do not depend on how many rows there are, which decides what multiplies. AVX-512 BF16, for processors that have
 //! this but no AMX, sums pair after pair, for all numbers of rows.
 
-#[cfg(target_arch = "x86_64")]
-use super::{amx::Amx, isa::Instructions};
 use super::{
     CpuOps,
     isa::{Isa, Level, Task},
@@ -14,6 +12,8 @@ use super::{
     target::{Bands, Target},
     tile::{ROWS, Sums, tiled},
 };
+#[cfg(target_arch = "x86_64")]
+use super::{amx::Amx, isa::Instructions};
 use half::bf16;
 use std::ops::Range;
 
@@ -359,6 +359,221 @@ impl<T: Brain, const R: usize, const C: usize> Tiles<'_, T, R, C> {
                 // SAFETY: as above.
                 unsafe { target.store(isa, sums[r][c], row + r, panel + c) };
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::{
+        super::{isa::tests::vectorised, noise, ops},
+        *,
+    };
+
+    /// Every unit of this processor, Pairs also by widening; says what this processor cannot test.
+    fn units() -> Vec<(Unit, Level)> {
+        let levels: Vec<_> = [Level::PORTABLE].into_iter().chain(vectorised()).collect();
+        let mut all: Vec<_> = levels.iter().flat_map(|&level| [(Unit::Vectors, level), (Unit::Pairs, level)]).collect();
+        #[cfg(target_arch = "x86_64")]
+        all.extend(levels.iter().filter_map(|&level| Some((Unit::Tiles(Amx::detect()?), level))).last());
+        all
+    }
+
+    /// Whether this processor's own order of sums is used, which the reference need not share.
+    fn is_own(unit: Unit, level: Level) -> bool {
+        unit == Unit::Pairs && level != Level::PORTABLE && level.instructions() == super::super::isa::Instructions::Avx512Bf16
+    }
+
+    /// A weight and rows that it is multiplied by.
+    struct Case {
+        inputs: usize,
+        outputs: usize,
+        x: Vec<f32>,
+        lines: Vec<Bf16>,
+    }
+
+    impl Case {
+        fn new(rows: usize, outputs: usize, inputs: usize, x: impl Fn(usize, usize) -> f32, w: impl Fn(usize, usize) -> f32) -> Self {
+            let stride = inputs.next_multiple_of(BLOCK) / 2;
+            let mut lines = vec![Bf16([0; 2 * LANES]); outputs.div_ceil(LANES) * stride];
+            for (output, input) in (0..outputs).flat_map(|output| (0..inputs).map(move |input| (output, input))) {
+                let bits = bf16::from_f32(w(output, input)).to_bits();
+                lines[output / LANES * stride + input / 2].0[output % LANES * 2 + input % 2] = bits;
+            }
+            flush(&mut lines);
+            Self { inputs, outputs, x: (0..rows * inputs).map(|i| x(i / inputs, i % inputs)).collect(), lines }
+        }
+
+        fn noise(rows: usize, outputs: usize, inputs: usize) -> Self {
+            let (x, w) = (noise(rows * inputs, 5), noise(outputs * inputs, 6));
+            Self::new(rows, outputs, inputs, |row, i| x[row * inputs + i], |output, i| w[output * inputs + i])
+        }
+
+        fn product(&self, (unit, level): (Unit, Level), threads: usize, rows: Range<usize>) -> Vec<f32> {
+            let (ops, x) = (ops(level, threads), &self.x[rows.start * self.inputs..rows.end * self.inputs]);
+            let mut y = vec![f32::NAN; rows.len() * self.outputs];
+            ops.team.hold(|| unit.multiply(&ops, self.inputs, &self.lines, x, &Target::new(&mut y, self.outputs, None, None)));
+            y
+        }
+
+        fn all(&self, unit: (Unit, Level)) -> Vec<f32> {
+            self.product(unit, 2, 0..self.x.len() / self.inputs)
+        }
+
+        fn x(&self, row: usize, i: usize) -> f32 {
+            if i < self.inputs { f32::new(rounded(self.x[row * self.inputs + i])) } else { 0.0 }
+        }
+
+        fn w(&self, output: usize, i: usize) -> f32 {
+            let stride = self.inputs.next_multiple_of(BLOCK) / 2;
+            f32::new(self.lines[output / LANES * stride + i / 2].0[output % LANES * 2 + i % 2])
+        }
+
+        /// An output by the book: in the order of a unit.
+        fn output(&self, unit: Unit, row: usize, output: usize) -> f32 {
+            let mut sum = 0.0f32;
+            for first in (0..self.inputs).step_by(BLOCK) {
+                let product = |sum: f32, i: usize| self.w(output, i).mul_add(self.x(row, i), sum);
+                sum = match unit {
+                    Unit::Pairs => (first..first + BLOCK).step_by(2).fold(sum, |sum, i| product(product(sum, i + 1), i)),
+                    _ => {
+                        let half = |odd| (first + odd..first + BLOCK).step_by(2).fold(0.0, product);
+                        sum + (half(0) + half(1))
+                    }
+                };
+            }
+            sum
+        }
+
+        /// Compares with the book, and with exact sums.
+        fn check(&self, unit: (Unit, Level)) {
+            for (i, y) in self.all(unit).into_iter().enumerate() {
+                let (row, output) = (i / self.outputs, i % self.outputs);
+                let products = (0..self.inputs).map(|i| f64::from(self.x(row, i)) * f64::from(self.w(output, i)));
+                let (exact, size) = products.fold((0.0, 0.0), |(sum, size), product| (sum + product, size + product.abs()));
+                let most = (self.inputs + 34) as f64 * 2f64.powi(-24) * size;
+                assert!((f64::from(y) - exact).abs() <= most, "{unit:?} {} inputs: {y} for {exact}", self.inputs);
+                if !is_own(unit.0, unit.1) {
+                    let expected = self.output(unit.0, row, output);
+                    assert!(y == expected, "{unit:?} {} x {}, row {row}: {y} for {expected}", self.outputs, self.inputs);
+                }
+                assert!(!y.is_subnormal());
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_are_rounded_to_the_nearest() {
+        let bits = (0..=u16::MAX).flat_map(|high| [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff].map(|low| u32::from(high) << 16 | low));
+        let x: Vec<f32> = bits.map(f32::from_bits).collect();
+        let expected = x.iter().map(|&x| match bf16::from_f32(x) {
+            small if small.to_f32().abs() < 2f32.powi(-56) => 0,
+            other => other.to_bits(),
+        });
+        let expected: Vec<u16> = expected.collect();
+        for level in Level::all() {
+            let ops = ops(level, 2);
+            for (inputs, depth) in [(x.len() / 3, x.len() / 3), (1, 32), (33, 64)] {
+                let (mut narrow, mut wide) = (vec![7; 3 * depth], vec![7.0; 3 * depth]);
+                round(&ops, &x[..3 * inputs], inputs, depth, &mut narrow);
+                round(&ops, &x[..3 * inputs], inputs, depth, &mut wide);
+                for (row, expected) in expected.chunks_exact(inputs).take(3).enumerate() {
+                    let (found, rest) = narrow[row * depth..][..depth].split_at(inputs);
+                    assert!(found == expected && rest.iter().all(|&bits| bits == 0), "{level:?} {inputs}");
+                }
+                let same = wide.iter().zip(&narrow).all(|(wide, &narrow)| wide.to_bits() == u32::from(narrow) << 16);
+                assert!(same, "{level:?} {inputs}");
+            }
+        }
+    }
+
+    #[test]
+    fn units_sum_by_the_book() {
+        // The last three reach beyond what is computed at once: 640 inputs, 96 or 256 rows.
+        let shapes = [(1, 1, 7), (63, 31, 7), (64, 576, 3), (65, 33, 20), (130, 64, 35), (17, 1300, 7), (33, 31, 100), (50, 40, 300)];
+        for unit in units() {
+            for (outputs, inputs, most) in shapes {
+                for rows in (1..=most.min(7)).chain([most]) {
+                    Case::noise(rows, outputs, inputs).check(unit);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn threads_and_company_change_no_bit() {
+        for unit in units() {
+            for (outputs, inputs) in [(16, 1), (50, 63), (97, 700)] {
+                let case = Case::noise(67, outputs, inputs);
+                let all = case.all(unit);
+                let some = [0..2, 3..7, 5..20, 10..26, 1..18, 20..53, 2..66, 33..67];
+                for rows in (0..67).map(|row| row..row + 1).chain(some) {
+                    let found = case.product(unit, 2, rows.clone());
+                    assert!(found == all[rows.start * outputs..rows.end * outputs], "{unit:?} {outputs} x {inputs}: {rows:?}");
+                }
+                for threads in [1, 5] {
+                    assert!(case.product(unit, threads, 0..67) == all, "{unit:?} {outputs} x {inputs}: {threads} threads");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_multiplies_follows_from_the_processor_alone() {
+        for level in Level::all() {
+            let (few, many) = (Unit::of(level, 1), Unit::of(level, 100));
+            let case = Case::noise(100, 40, 70);
+            assert!(case.product((few, level), 2, 0..1) == case.product((many, level), 2, 0..100)[..40], "{level:?}");
+            assert_eq!((few == Unit::Pairs, many == Unit::Pairs), (is_own(Unit::Pairs, level), is_own(Unit::Pairs, level)));
+        }
+    }
+
+    #[test]
+    fn infinities_stay_and_numbers_are_none_where_they_are_none() {
+        let (inf, nan) = (f32::INFINITY, f32::NAN);
+        for unit in units() {
+            for rows in [1, 4, 17, 33] {
+                // One row, one output and one input are special; all else is 1, so other sums are 70 but for these.
+                for (x, w, expected) in
+                    [(inf, 2.0, inf), (inf, -2.0, -inf), (inf, 0.0, nan), (nan, 1.0, nan), (0.0, nan, nan), (1e30, -1e30, -inf)]
+                {
+                    for at in [0, 1, 40, 69] {
+                        let one = |is_special, value| if is_special { value } else { 1.0 };
+                        let row = rows / 2;
+                        let case = Case::new(rows, 40, 70, |r, i| one(r == row && i == at, x), |o, i| one(o == 21 && i == at, w));
+                        for (i, y) in case.all(unit).into_iter().enumerate() {
+                            let expected = match (i / 40 == row, i % 40 == 21) {
+                                (true, true) => expected,
+                                (true, false) => 69.0 + case.x(row, at),
+                                (false, true) => 69.0 + case.w(21, at),
+                                _ => 70.0,
+                            };
+                            let same = y == expected || y.is_nan() && expected.is_nan() || (y / expected - 1.0).abs() < 1e-6;
+                            assert!(same, "{unit:?} {x} * {w} at {at}: {y} at {i} for {expected}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_denormal() {
+        let small = |exponent: i32| 2f32.powi(exponent);
+        for unit in units() {
+            // Nearly all of 2^-56 is taken for zero, and 2^-56 is not.
+            for (x, w, expected) in [(small(-56), small(-56), small(-112)), (0.99 * small(-56), 1e9, 0.0), (1e9, -0.99 * small(-56), 0.0)] {
+                assert_eq!(Case::new(5, 3, 1, |_, _| x, |_, _| w).all(unit), [expected; 15], "{unit:?}");
+            }
+            // Sums that nearly cancel each other out, of the smallest products.
+            let (x, w) = (noise(40 * 130, 8), noise(33 * 130, 9));
+            let size = |x: f32| x.signum() * (1.0 + x.abs()) * small(-56);
+            let tiny = Case::new(40, 33, 130, |row, i| size(x[row * 130 + i]), |output, i| size(w[output * 130 + i]));
+            tiny.check(unit);
+            // Sizes as far apart as sums of them fit.
+            let wild = |x: f32| x * (x * 60.0).exp2();
+            Case::new(40, 33, 130, |row, i| wild(x[row * 130 + i]), |output, i| wild(w[output * 130 + i])).check(unit);
         }
     }
 }

@@ -35,13 +35,7 @@ const SLAB: usize = 8 << 20;
 impl Weight {
     /// Packs `parts`, stacked along their outputs, in their own type, or in f32 if they differ; for bf16 arithmetic in bf16. Tells `done`
     /// which bytes are not needed any more.
-    pub(super) fn pack(
-        team: &Team,
-        parts: &[Matrix<'_>],
-        bias: Option<&[f32]>,
-        dtype: DType,
-        done: &dyn Fn(&[u8]),
-    ) -> Result<Self> {
+    pub(super) fn pack(team: &Team, parts: &[Matrix<'_>], bias: Option<&[f32]>, dtype: DType, done: &dyn Fn(&[u8])) -> Result<Self> {
         let Some(first) = parts.first() else { return Err(Error::Msg("a weight needs at least one matrix".into()).into()) };
         let inputs = first.inputs;
         for part in parts {
@@ -484,6 +478,26 @@ mod tests {
             ops.team.hold(|| weight.product(&ops, &x[..rows * 700], &mut vec![0.0; rows * 100], Some(&mut onto)));
             let expected: Vec<f32> = best(&weight, &x[..rows * 700]).iter().zip(&there).map(|(y, there)| there + y).collect();
             assert!(onto == expected);
+        }
+    }
+
+    #[test]
+    fn bf16_arithmetic_packs_bf16_of_every_file() {
+        let (x, bias, there) = (noise(101 * 70, 3), noise(100, 4), noise(101 * 100, 5));
+        for dtype in DTYPES {
+            let source = Source::new(dtype, 100, 70);
+            let weight = Weight::pack(&Team::of(2), &[source.matrix()], Some(&bias), DType::BF16, &|_| ()).unwrap();
+            assert_eq!(weight.bytes(), 112 * 96 * 2 + 100 * 4);
+            let ops = CpuOps { dtype: DType::BF16, ..ops(Level::best(None), 2) };
+            for rows in [1, 4, 101] {
+                let (mut y, mut onto) = (vec![f32::NAN; rows * 100], there[..rows * 100].to_vec());
+                ops.team.hold(|| weight.product(&ops, &x[..rows * 70], &mut y, Some(&mut onto)));
+                for (i, &onto) in onto.iter().enumerate() {
+                    let (x, w) = (&x[i / 100 * 70..][..70], &source.values[i % 100 * 70..][..70]);
+                    let sum: f32 = x.iter().zip(w).map(|(&x, &w)| bf16::from_f32(x).to_f32() * w).sum();
+                    assert!((onto - (there[i] + bias[i % 100] + sum)).abs() < 1e-4, "{dtype:?}, {rows} rows");
+                }
+            }
         }
     }
 

@@ -33,7 +33,14 @@ impl<'a> Target<'a> {
     ///
     /// # Safety
     /// `f` accesses no other outputs than those that it is given.
-    pub(super) unsafe fn fill(&self, team: &Team, inputs: usize, bytes: usize, bands: Bands, f: impl Fn(Range<usize>, Range<usize>) + Sync) {
+    pub(super) unsafe fn fill(
+        &self,
+        team: &Team,
+        inputs: usize,
+        bytes: usize,
+        bands: Bands,
+        f: impl Fn(Range<usize>, Range<usize>) + Sync,
+    ) {
         let (rows, panels) = (self.rows, self.width.div_ceil(LANES));
         let count = rows.div_ceil(bands.most).max(1);
         let band = rows.div_ceil(count).next_multiple_of(bands.step);
