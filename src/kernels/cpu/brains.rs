@@ -135,7 +135,8 @@ trait Brain: Copy + Send + Sync {
     fn new(bits: u16) -> Self;
     /// Compiles `task` for a level.
     fn run(level: Level, task: impl Task<Out = ()>);
-    /// Adds the products of rows with panels over a block of inputs, of lines that are read so many lines ahead.
+    /// Adds the products of rows with panels over a block of inputs. Lines are asked for so many lines before they are needed, if that is
+    /// not 0.
     fn add<I: Isa, const R: usize, const C: usize>(
         isa: I,
         rows: [&[Self; BLOCK]; R],
@@ -166,13 +167,8 @@ impl Brain for f32 {
         ahead: usize,
         sums: &mut Sums<I, R, C>,
     ) {
-        for panel in panels {
-            for line in panel {
-                isa.prefetch(std::ptr::from_ref(line).wrapping_add(ahead).cast());
-            }
-        }
-        let even = half::<I, R, C, 0>(isa, rows, panels);
-        let odd = half::<I, R, C, 1>(isa, rows, panels);
+        let even = half::<I, R, C, 0>(isa, rows, panels, ahead);
+        let odd = half::<I, R, C, 1>(isa, rows, panels, 0);
         for r in 0..R {
             for c in 0..C {
                 sums[r][c] = isa.mul_add(isa.mul_add(even[r][c], 1.0, odd[r][c]), 1.0, sums[r][c]);
@@ -187,11 +183,15 @@ fn half<I: Isa, const R: usize, const C: usize, const ODD: usize>(
     isa: I,
     rows: [&[f32; BLOCK]; R],
     panels: [&[Bf16; BLOCK / 2]; C],
+    ahead: usize,
 ) -> Sums<I, R, C> {
     // Loops, not closures: those would be compiled for the baseline where they are not inlined.
     let zero = isa.load(&[0.0; LANES]);
     let (mut sums, mut lines) = ([[zero; C]; R], [zero; C]);
     for i in 0..BLOCK / 2 {
+        if ahead > 0 {
+            fetch(isa, panels, i, ahead);
+        }
         for c in 0..C {
             lines[c] = isa.brains(&panels[c][i].0, ODD);
         }
@@ -202,6 +202,14 @@ fn half<I: Isa, const R: usize, const C: usize, const ODD: usize>(
         }
     }
     sums
+}
+
+/// Asks for the lines that come so many after line `i`.
+#[inline(always)]
+fn fetch<I: Isa, const C: usize>(isa: I, panels: [&[Bf16; BLOCK / 2]; C], i: usize, ahead: usize) {
+    for panel in panels {
+        isa.prefetch((&raw const panel[i]).wrapping_add(ahead).cast());
+    }
 }
 
 /// As it is, for products of pairs.
@@ -226,8 +234,8 @@ impl Brain for u16 {
         sums: &mut Sums<I, R, C>,
     ) {
         for i in 0..BLOCK / 2 {
-            for c in 0..C {
-                isa.prefetch(std::ptr::from_ref(&panels[c][i]).wrapping_add(ahead).cast());
+            if ahead > 0 {
+                fetch(isa, panels, i, ahead);
             }
             for r in 0..R {
                 for c in 0..C {
@@ -278,7 +286,7 @@ impl<T: Brain> Product<'_, T> {
             for panel in panels.clone().step_by(group) {
                 let panels = panel..panels.end.min(panel + group);
                 for row in band.clone().step_by(ROWS) {
-                    let strip = Strip { product: self, row, panels: panels.clone(), inputs: inputs.clone() };
+                    let strip = Strip { product: self, row, panels: panels.clone(), inputs: inputs.clone(), is_read_once: few };
                     tiled!(self.level, band.end - row, strip.run(self.level));
                 }
             }
@@ -292,18 +300,19 @@ struct Strip<'a, T> {
     row: usize,
     panels: Range<usize>,
     inputs: Range<usize>,
+    is_read_once: bool,
 }
 
 impl<T: Brain> Strip<'_, T> {
-    fn run<const R: usize, const C: usize>(&self, level: Level) {
-        T::run(level, Tiles::<T, R, C>(self));
+    fn run<const R: usize, const C: usize, const D: usize>(&self, level: Level) {
+        T::run(level, Tiles::<T, R, C, D>(self));
     }
 }
 
-/// A strip of `R` rows, `C` panels at a time.
-struct Tiles<'a, T, const R: usize, const C: usize>(&'a Strip<'a, T>);
+/// A strip of `R` rows, `C` panels at a time, then `D`, then one.
+struct Tiles<'a, T, const R: usize, const C: usize, const D: usize>(&'a Strip<'a, T>);
 
-impl<T: Brain, const R: usize, const C: usize> Task for Tiles<'_, T, R, C> {
+impl<T: Brain, const R: usize, const C: usize, const D: usize> Task for Tiles<'_, T, R, C, D> {
     type Out = ();
 
     #[inline(always)]
@@ -314,6 +323,10 @@ impl<T: Brain, const R: usize, const C: usize> Task for Tiles<'_, T, R, C> {
             self.tile::<I, C>(isa, panel);
             panel += C;
         }
+        while D > 1 && panel + D <= end {
+            self.tile::<I, D>(isa, panel);
+            panel += D;
+        }
         while panel < end {
             self.tile::<I, 1>(isa, panel);
             panel += 1;
@@ -321,10 +334,10 @@ impl<T: Brain, const R: usize, const C: usize> Task for Tiles<'_, T, R, C> {
     }
 }
 
-impl<T: Brain, const R: usize, const C: usize> Tiles<'_, T, R, C> {
+impl<T: Brain, const R: usize, const C: usize, const D: usize> Tiles<'_, T, R, C, D> {
     #[inline(always)]
     fn tile<I: Isa, const N: usize>(&self, isa: I, panel: usize) {
-        let &Strip { product, row, ref inputs, .. } = self.0;
+        let &Strip { product, row, ref inputs, is_read_once, .. } = self.0;
         let &Product { depth, x, lines, target, .. } = product;
         let (blocks, stride) = (inputs.len() / BLOCK, depth / 2);
         let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
@@ -351,7 +364,11 @@ impl<T: Brain, const R: usize, const C: usize> Tiles<'_, T, R, C> {
                 lines[c] = &panels[c][i];
             }
             // What comes after the last lines of a panel is the same panel of the next tile.
-            let ahead = if (i + 1) * (BLOCK / 2) + AHEAD <= stride { AHEAD } else { AHEAD + (N - 1) * stride };
+            let ahead = match is_read_once {
+                true if (i + 1) * (BLOCK / 2) + AHEAD <= stride => AHEAD,
+                true => AHEAD + (N - 1) * stride,
+                false => 0,
+            };
             T::add(isa, row, lines, ahead, &mut sums);
         }
         for r in 0..R {
