@@ -37,7 +37,7 @@ impl Amx {
     /// No other thread accesses these outputs of these rows meanwhile.
     pub(super) unsafe fn product(self, block: &Block<'_>) {
         let Block { rows, panels, .. } = block;
-        if rows.is_empty() || block.depth < BLOCK {
+        if rows.is_empty() || panels.is_empty() || block.depth < BLOCK {
             return;
         }
         let _tiles = Tiles::new(self, rows.len().min(ROWS));
