@@ -211,8 +211,7 @@ fn neither_threads_nor_instructions_change_a_row() {
         for threads in [1, 2, 5] {
             all_same(&usual, &output(&|builder| builder.threads(threads)), "some threads = others");
         }
-        // In half precision each unit that multiplies it has a way of its own.
-        if common::exact() {
+        if common::exact() && !common::own_order() {
             for most in [Instructions::Portable, Instructions::Avx2, Instructions::Avx512] {
                 if most > Instructions::best() {
                     println!("skipped: this processor has no {most:?}");
@@ -243,10 +242,11 @@ fn eager_attention_is_flash_attention_up_to_rounding() {
     };
     let (eager, flash) = (output(AttnImplementation::Eager), output(AttnImplementation::Flash));
     for (eager, flash) in eager.sequences.iter().zip(&flash.sequences) {
-        assert_eq!(eager.tokens, flash.tokens);
+        let is_f32 = common::dtype() == DType::F32;
+        assert!(!is_f32 || eager.tokens == flash.tokens);
         let logits = |row: &candle_generate::Sequence| row.logits.clone().unwrap().concat();
         let apart = logits(eager).iter().zip(logits(flash)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-        assert!(apart < 1e-4, "{apart}");
+        assert!(apart < if is_f32 { 1e-4 } else { 0.3 }, "{apart}");
         assert!(eager.row > 0 || apart > 0.0, "700 positions are more than a span");
     }
 }

@@ -6,7 +6,7 @@
 
 use super::line::LANES;
 #[cfg(target_arch = "x86_64")]
-use super::x86;
+use super::{amx::Amx, x86};
 use half::{bf16, f16};
 
 /// Work to be compiled for each instruction set.
@@ -29,13 +29,25 @@ pub(crate) trait Isa: Copy {
     fn brains(self, pairs: &[u16; 2 * LANES], value: usize) -> Self::Lanes;
     /// Widens f16 values.
     fn halves(self, bits: &[u16; LANES]) -> Self::Lanes;
+    /// Adds the products of both bf16 values of each pair with those of `x`, the second first, rounded twice.
+    #[inline(always)]
+    fn dot(self, pairs: &[u16; 2 * LANES], x: [u16; 2], sum: Self::Lanes) -> Self::Lanes {
+        dot(self, pairs, x, sum)
+    }
     /// Asks for a cache line that is read soon. Any address will do.
     fn prefetch(self, from: *const u8);
 }
 
+/// [`Isa::dot`] by widening.
+#[inline(always)]
+pub(super) fn dot<I: Isa>(isa: I, pairs: &[u16; 2 * LANES], x: [u16; 2], sum: I::Lanes) -> I::Lanes {
+    let [first, second] = x.map(|bits| f32::from_bits(u32::from(bits) << 16));
+    isa.mul_add(isa.brains(pairs, 0), first, isa.mul_add(isa.brains(pairs, 1), second, sum))
+}
+
 /// The instructions that kernels may use, each kind with all before it.
 ///
-/// In f32 arithmetic the results are the same bits with each; in bf16 arithmetic those that multiply bf16 round otherwise.
+/// The results are the same bits with each, but for bf16 arithmetic with [`Instructions::Avx512Bf16`], which sums in an order of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Instructions {
@@ -76,11 +88,12 @@ impl Level {
             let narrow = || is_x86_feature_detected!("avx512dq") && is_x86_feature_detected!("avx512vl");
             let avx512 = || is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && narrow();
             let bf16 = || is_x86_feature_detected!("avx512bf16");
+            let amx = || Amx::detect().is_some();
             let checks: [(Instructions, &dyn Fn() -> bool); 4] = [
                 (Instructions::Avx2, &avx2),
                 (Instructions::Avx512, &avx512),
                 (Instructions::Avx512Bf16, &bf16),
-                (Instructions::Amx, &super::amx::detected),
+                (Instructions::Amx, &amx),
             ];
             all.extend(checks.iter().take_while(|(_, check)| check()).map(|(set, _)| Self(*set)));
         }
@@ -112,6 +125,16 @@ impl Level {
             // SAFETY: this value comes from `all`, which has found AVX-512 F, BW, DQ and VL beside AVX2, FMA and F16C.
             Instructions::Avx512 | Instructions::Avx512Bf16 | Instructions::Amx => unsafe { x86::avx512(task) },
             _ => task.run(Portable),
+        }
+    }
+
+    /// As [`Self::run`], with [`Isa::dot`] by AVX-512 BF16 if that is what this is.
+    pub(super) fn dots<T: Task>(self, task: T) -> T::Out {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: this value comes from `all`, which has found AVX-512 BF16 beside what `run` needs for AVX-512.
+            Instructions::Avx512Bf16 => unsafe { x86::avx512bf16(task) },
+            _ => self.run(task),
         }
     }
 }

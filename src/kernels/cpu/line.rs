@@ -24,7 +24,7 @@ pub(crate) struct Bf16(pub [u16; 2 * LANES]);
 pub(crate) struct F16(pub [u16; LANES]);
 
 /// Inputs that a panel of bf16 is filled up to: what the units take at once.
-const BLOCK: usize = 32;
+pub(crate) const BLOCK: usize = 32;
 
 /// A line of any type, read as f32. Widening is exact, so the type costs bandwidth and never accuracy.
 pub(crate) trait Line: Copy + Send + Sync {

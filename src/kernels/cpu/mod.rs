@@ -1,7 +1,9 @@
-//! The fused operations for the CPU: f32 arithmetic on weights of the file's type, with the same bits in any company.
+//! The fused operations for the CPU: f32 arithmetic on weights of the file's type, or products of bf16, with the same bits in any company.
 
+#[cfg(target_arch = "x86_64")]
 mod amx;
 mod attention;
+mod brains;
 mod isa;
 pub(crate) mod line;
 mod math;
@@ -10,6 +12,7 @@ mod pointwise;
 mod rope;
 mod scratch;
 mod span;
+mod target;
 mod threads;
 mod tile;
 #[cfg(target_arch = "x86_64")]
@@ -22,6 +25,7 @@ use crate::{
     model::{Room, Values},
 };
 use attention::Reader;
+use candle_core::DType;
 pub use isa::Instructions;
 use isa::Level;
 use scratch::{Buffer, Scratch};
@@ -31,6 +35,8 @@ use threads::Team;
 /// The operations on this processor.
 #[derive(Debug, Clone)]
 pub(crate) struct CpuOps {
+    /// F32 or BF16: what matrix products multiply. Everything else is computed in f32.
+    dtype: DType,
     level: Level,
     team: Arc<Team>,
     scratch: Arc<Scratch>,
@@ -46,14 +52,14 @@ pub(crate) struct Act {
 }
 
 impl CpuOps {
-    /// On so many threads, by default as many as there are cores, and with the best instructions of this processor up to `most`.
-    pub(crate) fn new(threads: Option<usize>, most: Option<Instructions>, attention: AttnImplementation) -> Self {
+    /// In f32 or bf16 arithmetic, on so many threads, by default as many as there are cores, and with the best instructions of this processor up to `most`.
+    pub(crate) fn new(dtype: DType, threads: Option<usize>, most: Option<Instructions>, attention: AttnImplementation) -> Self {
         let team = Team::of(threads.unwrap_or_else(threads::cores));
         let span = match attention {
             AttnImplementation::Flash => attention::SPAN,
             AttnImplementation::Eager => usize::MAX,
         };
-        Self { level: Level::best(most), team, scratch: Arc::default(), span }
+        Self { dtype, level: Level::best(most), team, scratch: Arc::default(), span }
     }
 
     /// What it computes with, for people.
@@ -90,7 +96,7 @@ impl Ops for CpuOps {
     }
 
     fn weight(&self, parts: &[Matrix<'_>], bias: Option<&[f32]>, done: &dyn Fn(&[u8])) -> Result<panels::Weight> {
-        panels::Weight::pack(&self.team, parts, bias, None, done)
+        panels::Weight::pack(&self.team, parts, bias, self.dtype, done)
     }
 
     fn weight_bytes(&self, weight: &panels::Weight) -> u64 {
@@ -237,7 +243,7 @@ impl Ops for CpuOps {
 /// Operations of one level, on so many threads.
 #[cfg(test)]
 fn ops(level: Level, threads: usize) -> CpuOps {
-    CpuOps { level, team: Team::of(threads), scratch: Arc::default(), span: attention::SPAN }
+    CpuOps { dtype: DType::F32, level, team: Team::of(threads), scratch: Arc::default(), span: attention::SPAN }
 }
 
 /// Values in -1..1 that look random.
@@ -258,7 +264,6 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::kernels::{Bias, Sight};
-    use candle_core::DType;
 
     fn act(ops: &CpuOps, values: &[f32], width: usize) -> Act {
         let mut x = ops.act(values.len() / width, width);
@@ -268,7 +273,7 @@ mod tests {
 
     #[test]
     fn a_pass_goes_from_ids_to_logits() {
-        let ops = CpuOps::new(Some(2), None, AttnImplementation::Flash);
+        let ops = CpuOps::new(DType::F32, Some(2), None, AttnImplementation::Flash);
         // Rows 1 0, 0 2 and 3 3 of a tied table.
         let bytes: Vec<u8> = [1.0f32, 0.0, 0.0, 2.0, 3.0, 3.0].iter().flat_map(|x| x.to_le_bytes()).collect();
         let table =
@@ -289,7 +294,7 @@ mod tests {
 
     #[test]
     fn a_plain_mlp_can_be_activated() {
-        let ops = CpuOps::new(Some(2), None, AttnImplementation::Flash);
+        let ops = CpuOps::new(DType::F32, Some(2), None, AttnImplementation::Flash);
         let x = act(&ops, &[-1.0, 2.0, -3.0, 4.0], 2);
         assert_eq!(ops.activate(Activation::Relu, x.clone()).unwrap().data[..], [0.0, 2.0, 0.0, 4.0]);
         let y = ops.gate(Activation::Relu, x).unwrap();
@@ -298,7 +303,7 @@ mod tests {
 
     #[test]
     fn experts_are_chosen_and_mixed() {
-        let ops = CpuOps::new(Some(2), None, AttnImplementation::Flash);
+        let ops = CpuOps::new(DType::F32, Some(2), None, AttnImplementation::Flash);
         let logits = act(&ops, &[0.0, 2.0f32.ln(), 5.0f32.ln(), 0.0, 0.0, -9.0], 3);
         let picks = ops.route(&logits, 2, false).unwrap();
         assert_eq!(picks.iter().map(|picks| picks.tokens.clone()).collect::<Vec<_>>(), [vec![1], vec![0, 1], vec![0]]);
@@ -310,7 +315,7 @@ mod tests {
 
     #[test]
     fn a_full_store_refuses_by_name() {
-        let ops = CpuOps::new(Some(2), None, AttnImplementation::Flash);
+        let ops = CpuOps::new(DType::F32, Some(2), None, AttnImplementation::Flash);
         let mut store = ops.store(StoreShape { layers: 1, kv_heads: 1, head_dim: 2 }, Room::Reserve(1)).unwrap();
         let (sight, bias) = (Sight::Causal, Bias::None);
         let attention = Attention { heads: 1, kv_heads: 1, head_dim: 2, scale: 1.0, softcap: None, sight, bias };

@@ -1,10 +1,11 @@
 //! Weights in panels of 16 outputs, in the type of the file, and their products.
 
 use super::{
-    CpuOps,
+    CpuOps, brains,
     isa::{Isa, Level, Task},
     line::{Bf16, F16, F32, LANES, Line},
-    threads::{Shares, Team, part},
+    target::{Bands, Target},
+    threads::Team,
     tile::{ROWS, multiply, tiled},
 };
 use crate::{error::Result, kernels::Matrix};
@@ -32,15 +33,9 @@ enum Panels {
 const SLAB: usize = 8 << 20;
 
 impl Weight {
-    /// Packs `parts`, stacked along their outputs, in `dtype`, else in their own type, or in f32 if they differ. Tells `done` which bytes
-    /// are not needed any more.
-    pub(super) fn pack(
-        team: &Team,
-        parts: &[Matrix<'_>],
-        bias: Option<&[f32]>,
-        dtype: Option<DType>,
-        done: &dyn Fn(&[u8]),
-    ) -> Result<Self> {
+    /// Packs `parts`, stacked along their outputs, in their own type, or in f32 if they differ; for bf16 arithmetic in bf16. Tells `done`
+    /// which bytes are not needed any more.
+    pub(super) fn pack(team: &Team, parts: &[Matrix<'_>], bias: Option<&[f32]>, dtype: DType, done: &dyn Fn(&[u8])) -> Result<Self> {
         let Some(first) = parts.first() else { return Err(Error::Msg("a weight needs at least one matrix".into()).into()) };
         let inputs = first.inputs;
         for part in parts {
@@ -53,10 +48,11 @@ impl Weight {
             return Err(Error::Msg(format!("a bias of {} values does not fit {outputs} outputs", bias.map_or(0, <[f32]>::len))).into());
         }
         let same = parts.iter().all(|part| part.dtype == first.dtype);
-        let panels = match dtype.unwrap_or(if same { first.dtype } else { DType::F32 }) {
-            DType::BF16 => Panels::Bf16(lines(team, parts, outputs, inputs, done)?),
-            DType::F16 => Panels::F16(lines(team, parts, outputs, inputs, done)?),
-            _ => Panels::F32(lines(team, parts, outputs, inputs, done)?),
+        let panels = match if same { first.dtype } else { DType::F32 } {
+            _ if dtype == DType::BF16 => Panels::Bf16(lines(team, parts, outputs, inputs, brains::flush, done)?),
+            DType::BF16 => Panels::Bf16(lines(team, parts, outputs, inputs, |_| (), done)?),
+            DType::F16 => Panels::F16(lines(team, parts, outputs, inputs, |_| (), done)?),
+            _ => Panels::F32(lines(team, parts, outputs, inputs, |_| (), done)?),
         };
         Ok(Self { panels, bias: bias.map(<[f32]>::to_vec), outputs, inputs })
     }
@@ -91,6 +87,9 @@ impl Weight {
     pub(super) fn product(&self, ops: &CpuOps, x: &[f32], y: &mut [f32], onto: Option<&mut [f32]>) {
         match &self.panels {
             Panels::F32(lines) => self.multiply(ops, lines, x, y, onto),
+            Panels::Bf16(lines) if ops.dtype == DType::BF16 => {
+                brains::multiply(ops, self.inputs, lines, x, &Target::new(y, self.outputs, self.bias.as_deref(), onto));
+            }
             Panels::Bf16(lines) => self.multiply(ops, lines, x, y, onto),
             Panels::F16(lines) => self.multiply(ops, lines, x, y, onto),
         }
@@ -111,47 +110,32 @@ impl Weight {
     fn multiply<L: Line>(&self, ops: &CpuOps, lines: &[L], x: &[f32], y: &mut [f32], onto: Option<&mut [f32]>) {
         let rows = x.len() / self.inputs;
         debug_assert_eq!((x.len(), y.len()), (rows * self.inputs, rows * self.outputs));
-        let panels = self.outputs.div_ceil(LANES);
-        let bands = rows.div_ceil(BAND).max(1);
-        let band = rows.div_ceil(bands).next_multiple_of(ROWS);
-        let wanted = match ops.team.worth(self.outputs * self.inputs * rows) {
-            1 => 1,
-            // Some more pieces than threads, which are not equally fast; but long ones, as memory is read best in long streams.
-            threads => threads * (size_of_val(lines) / (threads * STREAM)).clamp(if rows > ROWS { 4 } else { 1 }, 4),
-        };
-        let chunks = wanted.div_ceil(bands).min(panels.max(1));
-        let onto = onto.map(Shares::new);
-        let sides = Sides { inputs: self.inputs, outputs: self.outputs, x, y: Shares::new(y) };
-        let product = Product { weight: self, ops, lines, sides, onto };
-        ops.team.run(bands * chunks, |i| {
-            let (at, chunk) = (i / chunks * band, i % chunks);
-            // SAFETY: bands and parts of the panels do not overlap, so no two pieces write the same values.
-            unsafe { product.block(at.min(rows)..rows.min(at + band), part(panels, 2, chunks, chunk)) };
-        });
+        let target = Target::new(y, self.outputs, self.bias.as_deref(), onto);
+        let product = Product { level: ops.level, lines, sides: Sides { inputs: self.inputs, x, target } };
+        // SAFETY: a block accesses the outputs that it is given.
+        unsafe {
+            product.sides.target.fill(&ops.team, self.inputs, L::count(self.inputs) * size_of::<L>(), BANDS, |rows, panels| {
+                product.block(rows, panels);
+            });
+        }
     }
 }
 
 /// Rows, then inputs, that stay in the second-level cache (96 * 640 values, 240 kB) while all panels pass by.
-const BAND: usize = 96;
+const BANDS: Bands = Bands { most: 96, step: ROWS };
 const DEPTH: usize = 640;
 
-/// Bytes of a stream of weights that are worth a piece of their own.
-const STREAM: usize = 128 << 10;
-
 struct Product<'a, L> {
-    weight: &'a Weight,
-    ops: &'a CpuOps,
+    level: Level,
     lines: &'a [L],
     sides: Sides<'a>,
-    onto: Option<Shares<'a, f32>>,
 }
 
 /// What goes into a product and what comes out.
 struct Sides<'a> {
     inputs: usize,
-    outputs: usize,
     x: &'a [f32],
-    y: Shares<'a, f32>,
+    target: Target<'a>,
 }
 
 impl<L: Line> Product<'_, L> {
@@ -160,7 +144,7 @@ impl<L: Line> Product<'_, L> {
     /// # Safety
     /// No other thread accesses these outputs of these rows meanwhile.
     unsafe fn block(&self, band: Range<usize>, panels: Range<usize>) {
-        let (level, inputs, outputs) = (self.ops.level, self.weight.inputs, self.weight.outputs);
+        let (level, inputs) = (self.level, self.sides.inputs);
         // Few rows: the panels stream by once, as many side by side as the tile has. Many: a panel or four stay in the cache for all
         // rows of the band.
         let few = band.len() <= ROWS;
@@ -190,22 +174,6 @@ impl<L: Line> Product<'_, L> {
                 }
             }
         }
-        if self.weight.bias.is_none() && self.onto.is_none() {
-            return;
-        }
-        let columns = panels.start * LANES..outputs.min(panels.end * LANES);
-        for row in band {
-            let place = row * outputs + columns.start..row * outputs + columns.end;
-            // SAFETY: as above.
-            let y = unsafe { self.sides.y.slice(place.clone()) };
-            if let Some(bias) = &self.weight.bias {
-                y.iter_mut().zip(&bias[columns.clone()]).for_each(|(y, bias)| *y += bias);
-            }
-            if let Some(onto) = &self.onto {
-                // SAFETY: as above.
-                unsafe { onto.slice(place) }.iter_mut().zip(y).for_each(|(onto, y)| *onto += *y);
-            }
-        }
     }
 
     /// Adds the products of `inputs` to the outputs of `panels`, whose lines for them begin at multiples of `stride`, for the rows `band`.
@@ -215,7 +183,7 @@ impl<L: Line> Product<'_, L> {
     unsafe fn strips<M: Line>(&self, lines: &[M], stride: usize, band: Range<usize>, panels: Range<usize>, inputs: Range<usize>) {
         for row in band.clone().step_by(ROWS) {
             let strip = Strip { sides: &self.sides, lines, stride, row, panels: panels.clone(), inputs: inputs.clone() };
-            tiled!(self.ops.level, band.end - row, strip.run(self.ops.level, band.len() <= ROWS));
+            tiled!(self.level, band.end - row, strip.run(self.level, band.len() <= ROWS));
         }
     }
 }
@@ -281,7 +249,7 @@ impl<L: Line, const R: usize, const C: usize, const D: usize, const AHEAD: usize
             if inputs.start > 0 {
                 for c in 0..N {
                     // SAFETY: the rows and outputs are those of this strip.
-                    sums[r][c] = unsafe { sides.load(isa, row + r, panel + c) };
+                    sums[r][c] = unsafe { sides.target.load(isa, row + r, panel + c) };
                 }
             }
         }
@@ -289,48 +257,9 @@ impl<L: Line, const R: usize, const C: usize, const D: usize, const AHEAD: usize
         for r in 0..R {
             for c in 0..N {
                 // SAFETY: as above.
-                unsafe { sides.store(isa, sums[r][c], row + r, panel + c) };
+                unsafe { sides.target.store(isa, sums[r][c], row + r, panel + c) };
             }
         }
-    }
-}
-
-impl Sides<'_> {
-    /// # Safety
-    /// No other thread accesses the outputs of this panel in this row meanwhile.
-    #[inline(always)]
-    unsafe fn outputs(&self, row: usize, panel: usize) -> &mut [f32] {
-        let outputs = self.outputs;
-        // SAFETY: as of this function.
-        unsafe { self.y.slice(row * outputs + panel * LANES..row * outputs + outputs.min((panel + 1) * LANES)) }
-    }
-
-    /// # Safety
-    /// As of [`Self::outputs`].
-    #[inline(always)]
-    unsafe fn load<I: Isa>(&self, isa: I, row: usize, panel: usize) -> I::Lanes {
-        // SAFETY: as of this function.
-        let y = unsafe { self.outputs(row, panel) };
-        if let Ok(y) = <&[f32; LANES]>::try_from(&*y) {
-            return isa.load(y);
-        }
-        let mut lanes = [0.0; LANES];
-        lanes[..y.len()].copy_from_slice(y);
-        isa.load(&lanes)
-    }
-
-    /// # Safety
-    /// As of [`Self::outputs`].
-    #[inline(always)]
-    unsafe fn store<I: Isa>(&self, isa: I, sums: I::Lanes, row: usize, panel: usize) {
-        // SAFETY: as of this function.
-        let y = unsafe { self.outputs(row, panel) };
-        if let Ok(y) = <&mut [f32; LANES]>::try_from(&mut *y) {
-            return isa.store(sums, y);
-        }
-        let mut lanes = [0.0; LANES];
-        isa.store(sums, &mut lanes);
-        y.copy_from_slice(&lanes[..y.len()]);
     }
 }
 
@@ -381,8 +310,15 @@ fn check(part: &Matrix<'_>, inputs: usize) -> Result<()> {
     Ok(())
 }
 
-/// Packs stacked `parts`, each thread its own panels.
-fn lines<L: Line>(team: &Team, parts: &[Matrix<'_>], outputs: usize, inputs: usize, done: &dyn Fn(&[u8])) -> Result<Vec<L>> {
+/// Packs stacked `parts`, each thread its own panels, which `finish` has last.
+fn lines<L: Line>(
+    team: &Team,
+    parts: &[Matrix<'_>],
+    outputs: usize,
+    inputs: usize,
+    finish: fn(&mut [L]),
+    done: &dyn Fn(&[u8]),
+) -> Result<Vec<L>> {
     let (size, panels) = (L::count(inputs), outputs.div_ceil(LANES));
     let mut lines = Vec::new();
     if panels.checked_mul(size).is_none_or(|count| lines.try_reserve_exact(count).is_err()) {
@@ -396,7 +332,7 @@ fn lines<L: Line>(team: &Team, parts: &[Matrix<'_>], outputs: usize, inputs: usi
         let last = panels.min(first + slab);
         let sources = &sources[first * LANES..outputs.min(last * LANES)];
         let room = &mut lines.spare_capacity_mut()[..(last - first) * size];
-        team.hold(|| team.chunks(room, size, inputs * LANES * 4, |i, panel| fill(panel, &sources[i * LANES..], inputs)));
+        team.hold(|| team.chunks(room, size, inputs * LANES * 4, |i, panel| finish(fill(panel, &sources[i * LANES..], inputs))));
         // SAFETY: reserved, and every panel of the slab was filled.
         unsafe { lines.set_len(last * size) };
         let mut rest = sources;
@@ -415,7 +351,7 @@ fn lines<L: Line>(team: &Team, parts: &[Matrix<'_>], outputs: usize, inputs: usi
 }
 
 /// Writes every line of a panel, of the first outputs of `sources`.
-fn fill<L: Line>(panel: &mut [MaybeUninit<L>], sources: &[(&Matrix<'_>, usize)], inputs: usize) {
+fn fill<'a, L: Line>(panel: &'a mut [MaybeUninit<L>], sources: &[(&Matrix<'_>, usize)], inputs: usize) -> &'a mut [L] {
     /// Inputs at a time, so that their lines stay in the first-level cache.
     const STEP: usize = 256;
     panel.fill(MaybeUninit::new(L::ZERO));
@@ -429,6 +365,7 @@ fn fill<L: Line>(panel: &mut [MaybeUninit<L>], sources: &[(&Matrix<'_>, usize)],
             L::fill(panel, lane, count, part.dtype, part.bytes, (start + first * stride) * size, stride * size);
         }
     }
+    panel
 }
 
 #[cfg(test)]
@@ -476,7 +413,7 @@ mod tests {
     }
 
     fn pack(parts: &[Matrix<'_>], bias: Option<&[f32]>) -> Result<Weight> {
-        Weight::pack(&Team::of(2), parts, bias, None, &|_| ())
+        Weight::pack(&Team::of(2), parts, bias, DType::F32, &|_| ())
     }
 
     fn product(weight: &Weight, level: Level, threads: usize, x: &[f32]) -> Vec<f32> {
@@ -545,10 +482,30 @@ mod tests {
     }
 
     #[test]
+    fn bf16_arithmetic_packs_bf16_of_every_file() {
+        let (x, bias, there) = (noise(101 * 70, 3), noise(100, 4), noise(101 * 100, 5));
+        for dtype in DTYPES {
+            let source = Source::new(dtype, 100, 70);
+            let weight = Weight::pack(&Team::of(2), &[source.matrix()], Some(&bias), DType::BF16, &|_| ()).unwrap();
+            assert_eq!(weight.bytes(), 112 * 96 * 2 + 100 * 4);
+            let ops = CpuOps { dtype: DType::BF16, ..ops(Level::best(None), 2) };
+            for rows in [1, 4, 101] {
+                let (mut y, mut onto) = (vec![f32::NAN; rows * 100], there[..rows * 100].to_vec());
+                ops.team.hold(|| weight.product(&ops, &x[..rows * 70], &mut y, Some(&mut onto)));
+                for (i, &onto) in onto.iter().enumerate() {
+                    let (x, w) = (&x[i / 100 * 70..][..70], &source.values[i % 100 * 70..][..70]);
+                    let sum: f32 = x.iter().zip(w).map(|(&x, &w)| bf16::from_f32(x).to_f32() * w).sum();
+                    assert!((onto - (there[i] + bias[i % 100] + sum)).abs() < 1e-4, "{dtype:?}, {rows} rows");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn a_file_is_let_go_as_it_is_packed() {
         let (source, seen) = (Source::new(DType::BF16, 100, 70_000), std::cell::RefCell::new(Vec::new()));
         let done = |bytes: &[u8]| seen.borrow_mut().push((bytes.as_ptr() as usize, bytes.len()));
-        Weight::pack(&Team::of(2), &[source.matrix().rows(0..30), source.matrix().rows(30..100)], None, None, &done).unwrap();
+        Weight::pack(&Team::of(2), &[source.matrix().rows(0..30), source.matrix().rows(30..100)], None, DType::F32, &done).unwrap();
         let mut at = source.bytes[1..].as_ptr() as usize;
         assert!(seen.borrow().len() > 3, "{seen:?}");
         for &(start, len) in seen.borrow().iter() {

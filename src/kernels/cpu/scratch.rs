@@ -1,5 +1,7 @@
-//! Memory of activations, used again and again within a pass: fresh memory costs a page fault for every 4 kB.
+//! Memory of activations, used again and again within a pass: fresh memory costs a page fault for every 4 kB. It begins at cache lines,
+//! by which matrix units read and write.
 
+use super::line::{F32, LANES};
 use std::{
     ops::{Deref, DerefMut},
     sync::{Arc, Mutex, PoisonError},
@@ -10,23 +12,24 @@ const KEPT: usize = 1 << 16;
 
 /// Memory that nobody uses at the moment.
 #[derive(Debug, Default)]
-pub(crate) struct Scratch(Mutex<Vec<Vec<f32>>>);
+pub(crate) struct Scratch(Mutex<Vec<Vec<F32>>>);
 
 impl Scratch {
     /// So many values, whatever they are.
     pub(super) fn take(self: &Arc<Self>, len: usize) -> Buffer {
         let mut spares = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let fitting = spares.iter().enumerate().filter(|(_, spare)| spare.len() >= len).min_by_key(|(_, spare)| spare.len());
-        let values = match fitting.map(|(at, _)| at) {
+        let count = len.div_ceil(LANES);
+        let fitting = spares.iter().enumerate().filter(|(_, spare)| spare.len() >= count).min_by_key(|(_, spare)| spare.len());
+        let lines = match fitting.map(|(at, _)| at) {
             Some(at) => spares.swap_remove(at),
-            None => vec![0.0; len],
+            None => vec![F32([0.0; LANES]); count],
         };
-        Buffer { values, len, home: self.clone() }
+        Buffer { lines, len, home: self.clone() }
     }
 
     /// Gives back what a long pass has needed.
     pub(super) fn shrink(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|spare| spare.len() <= KEPT);
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|spare| spare.len() <= KEPT / LANES);
     }
 }
 
@@ -34,22 +37,32 @@ impl Scratch {
 #[derive(Debug)]
 pub(crate) struct Buffer {
     /// At least as many as are used.
-    values: Vec<f32>,
+    lines: Vec<F32>,
     len: usize,
     home: Arc<Scratch>,
+}
+
+impl Buffer {
+    /// The same memory as twice as many values of 16 bits.
+    pub(super) fn halves_mut(&mut self) -> &mut [u16] {
+        // SAFETY: a line is 32 values of 16 bits, any bits are a number, and the alignment is more than enough; exclusive as `self` is.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), 2 * self.len) }
+    }
 }
 
 impl Deref for Buffer {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        &self.values[..self.len]
+        // SAFETY: a line is 16 values and nothing else, so there are at least as many.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
     }
 }
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.values[..self.len]
+        // SAFETY: as above; exclusive as `self` is.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
     }
 }
 
@@ -63,7 +76,7 @@ impl Clone for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        self.home.0.lock().unwrap_or_else(PoisonError::into_inner).push(std::mem::take(&mut self.values));
+        self.home.0.lock().unwrap_or_else(PoisonError::into_inner).push(std::mem::take(&mut self.lines));
     }
 }
 

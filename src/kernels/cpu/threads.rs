@@ -158,6 +158,13 @@ impl<'a, T> Shares<'a, T> {
         // SAFETY: inside the data, as just checked; exclusive, as the caller says.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
     }
+
+    /// Where values begin that are all inside.
+    #[cfg(target_arch = "x86_64")]
+    pub fn pointer(&self, range: Range<usize>) -> Option<*mut T> {
+        // SAFETY: inside the data, as just checked.
+        (range.start <= range.end && range.end <= self.len).then(|| unsafe { self.data.add(range.start) })
+    }
 }
 
 /// Values on cache lines of their own: two, as they are fetched in pairs.

@@ -1,10 +1,10 @@
-//! The vectors of x86-64: AVX2 with FMA and F16C, and AVX-512.
+//! The vectors of x86-64: AVX2 with FMA and F16C, and AVX-512, also with its unit for bf16.
 
 use super::{
-    isa::{Isa, Task},
+    isa::{Isa, Task, dot},
     line::LANES,
 };
-use std::arch::x86_64::*;
+use std::{arch::x86_64::*, mem::transmute};
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn avx2<T: Task>(task: T) -> T::Out {
@@ -13,16 +13,21 @@ pub(super) fn avx2<T: Task>(task: T) -> T::Out {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 pub(super) fn avx512<T: Task>(task: T) -> T::Out {
-    task.run(Avx512(()))
+    task.run(Avx512::<false>(()))
+}
+
+#[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+pub(super) fn avx512bf16<T: Task>(task: T) -> T::Out {
+    task.run(Avx512::<true>(()))
 }
 
 /// Made only where AVX2, FMA and F16C are enabled.
 #[derive(Clone, Copy)]
 struct Avx2(());
 
-/// Made only where AVX-512 F is enabled.
+/// Made only where AVX-512 F is enabled, and AVX-512 BF16 if `BF16`.
 #[derive(Clone, Copy)]
-struct Avx512(());
+struct Avx512<const BF16: bool>(());
 
 impl Isa for Avx2 {
     type Lanes = [__m256; 2];
@@ -84,7 +89,7 @@ impl Isa for Avx2 {
     }
 }
 
-impl Isa for Avx512 {
+impl<const BF16: bool> Isa for Avx512<BF16> {
     type Lanes = __m512;
 
     #[inline(always)]
@@ -119,6 +124,20 @@ impl Isa for Avx512 {
     fn halves(self, bits: &[u16; LANES]) -> __m512 {
         // SAFETY: AVX-512 F is there, as `Avx512` is; the load of 16 values is the array and needs no alignment.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bits.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn dot(self, pairs: &[u16; 2 * LANES], x: [u16; 2], sum: __m512) -> __m512 {
+        if !BF16 {
+            return dot(self, pairs, x, sum);
+        }
+        let x = (u32::from(x[1]) << 16 | u32::from(x[0])).cast_signed();
+        // SAFETY: AVX-512 F and BF16 are there, as `Avx512::<true>` is; the load of 32 values is the array and needs no alignment; both
+        // types are 64 bytes without invalid values.
+        unsafe {
+            let (pairs, x) = (_mm512_loadu_si512(pairs.as_ptr().cast()), _mm512_set1_epi32(x));
+            _mm512_dpbf16_ps(sum, transmute::<__m512i, __m512bh>(pairs), transmute::<__m512i, __m512bh>(x))
+        }
     }
 
     #[inline(always)]

@@ -1,0 +1,596 @@
+//! Products in bf16 arithmetic: weights and rounded inputs of bf16, sums of f32.
+//!
+//! Sums go in the order of AMX's instruction for it (TDPBF16PS in Intel's manual): of 32 inputs the even ones and the odd ones are summed
+//! apart, each from zero by fused multiply-adds, inputs ascending; then both together are added to the output. Vectors do the same,
+//! so that a row's bits do not depend on how many rows there are, which decides what multiplies. AVX-512 BF16, for processors that have
+//! this but no AMX, sums pair after pair, for all numbers of rows.
+
+use super::{
+    CpuOps,
+    isa::{Isa, Level, Task},
+    line::{BLOCK, Bf16, LANES},
+    target::{Bands, Target},
+    tile::{ROWS, Sums, tiled},
+};
+#[cfg(target_arch = "x86_64")]
+use super::{amx::Amx, isa::Instructions};
+use half::bf16;
+use std::ops::Range;
+
+/// `x * weight^T` to `target`, of `x` `(rows, inputs)` and the lines of a weight's panels.
+pub(super) fn multiply(ops: &CpuOps, inputs: usize, lines: &[Bf16], x: &[f32], target: &Target<'_>) {
+    Unit::of(ops.level, x.len() / inputs).multiply(ops, inputs, lines, x, target);
+}
+
+/// Takes very small weights for zeros, as is done with inputs.
+pub(super) fn flush(panel: &mut [Bf16]) {
+    panel.iter_mut().flat_map(|line| &mut line.0).for_each(|bits| *bits = flushed(*bits));
+}
+
+/// What multiplies.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Unit {
+    /// Fused multiply-adds in AMX's order.
+    Vectors,
+    /// Products of pairs, by AVX-512 BF16.
+    Pairs,
+    #[cfg(target_arch = "x86_64")]
+    Tiles(Amx),
+}
+
+/// Rows from which on tiles are faster than vectors, which read weights in longer streams.
+#[cfg(target_arch = "x86_64")]
+const MANY: usize = 4;
+
+impl Unit {
+    #[cfg(target_arch = "x86_64")]
+    fn of(level: Level, rows: usize) -> Self {
+        match level.instructions() {
+            Instructions::Avx512Bf16 => Self::Pairs,
+            Instructions::Amx if rows >= MANY => Amx::detect().map_or(Self::Vectors, Self::Tiles),
+            _ => Self::Vectors,
+        }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn of(_: Level, _: usize) -> Self {
+        Self::Vectors
+    }
+
+    fn multiply(self, ops: &CpuOps, inputs: usize, lines: &[Bf16], x: &[f32], target: &Target<'_>) {
+        let (rows, depth) = (x.len() / inputs, inputs.next_multiple_of(BLOCK));
+        let mut rounded = ops.scratch.take(if self == Self::Vectors { rows * depth } else { rows * depth / 2 });
+        match self {
+            Self::Vectors => {
+                round(ops, x, inputs, depth, &mut rounded);
+                Product { level: ops.level, x: &rounded[..], depth, lines, target }.fill(ops);
+            }
+            Self::Pairs => {
+                round(ops, x, inputs, depth, rounded.halves_mut());
+                Product { level: ops.level, x: &*rounded.halves_mut(), depth, lines, target }.fill(ops);
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Tiles(amx) => {
+                round(ops, x, inputs, depth, rounded.halves_mut());
+                let x = &*rounded.halves_mut();
+                // SAFETY: a block's outputs are those that it is given.
+                unsafe {
+                    target.fill(&ops.team, inputs, depth / 2 * size_of::<Bf16>(), amx.bands(), |rows, panels| {
+                        amx.product(&super::amx::Block { x, lines, depth, target, rows, panels });
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// Rounds `x`, `(rows, inputs)`, to `(rows, depth)`, filled up with zeros.
+fn round<T: Brain>(ops: &CpuOps, x: &[f32], inputs: usize, depth: usize, to: &mut [T]) {
+    // A value costs less than a multiply-add.
+    ops.team.chunks(to, depth, inputs / 4, |row, to| {
+        let (to, rest) = to.split_at_mut(inputs);
+        ops.level.run(Round { x: &x[row * inputs..][..inputs], to });
+        rest.fill(T::ZERO);
+    });
+}
+
+struct Round<'a, T> {
+    x: &'a [f32],
+    to: &'a mut [T],
+}
+
+impl<T: Brain> Task for Round<'_, T> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        for (to, x) in self.to.iter_mut().zip(self.x) {
+            *to = T::new(rounded(*x));
+        }
+    }
+}
+
+/// The bits of the nearest bf16, of the even one of two; what is no number stays none.
+// HF: the reference rounds the result of each operation to bf16, and reads weights as they are. Here inputs of products are rounded,
+// and everything else is f32, which is nearer to exact results.
+#[inline(always)]
+fn rounded(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let nearest = if x.is_nan() { bits | 0x40_0000 } else { bits + 0x7fff + (bits >> 16 & 1) };
+    flushed((nearest >> 16) as u16)
+}
+
+/// Zero for what is less than 2^-56. Then products are multiples of 2^-126, and so is every sum: none is denormal, for which units take
+/// zero and vectors do not.
+#[inline(always)]
+fn flushed(bits: u16) -> u16 {
+    const LEAST: u16 = (127 - 56) << 7;
+    if bits & 0x7fff < LEAST { 0 } else { bits }
+}
+
+/// An input as vectors take it, which says how they sum.
+trait Brain: Copy + Send + Sync {
+    const ZERO: Self;
+    /// Of a bf16's bits.
+    fn new(bits: u16) -> Self;
+    /// Compiles `task` for a level.
+    fn run(level: Level, task: impl Task<Out = ()>);
+    /// Adds the products of rows with panels over a block of inputs. Lines are asked for so many lines before they are needed, if that is
+    /// not 0.
+    fn add<I: Isa, const R: usize, const C: usize>(
+        isa: I,
+        rows: [&[Self; BLOCK]; R],
+        panels: [&[Bf16; BLOCK / 2]; C],
+        ahead: usize,
+        sums: &mut Sums<I, R, C>,
+    );
+}
+
+/// Widened, for AMX's order.
+impl Brain for f32 {
+    const ZERO: Self = 0.0;
+
+    #[inline(always)]
+    fn new(bits: u16) -> Self {
+        bf16::from_bits(bits).to_f32()
+    }
+
+    fn run(level: Level, task: impl Task<Out = ()>) {
+        level.run(task);
+    }
+
+    #[inline(always)]
+    fn add<I: Isa, const R: usize, const C: usize>(
+        isa: I,
+        rows: [&[f32; BLOCK]; R],
+        panels: [&[Bf16; BLOCK / 2]; C],
+        ahead: usize,
+        sums: &mut Sums<I, R, C>,
+    ) {
+        let even = half::<I, R, C, 0>(isa, rows, panels, ahead);
+        let odd = half::<I, R, C, 1>(isa, rows, panels, 0);
+        for r in 0..R {
+            for c in 0..C {
+                sums[r][c] = isa.mul_add(isa.mul_add(even[r][c], 1.0, odd[r][c]), 1.0, sums[r][c]);
+            }
+        }
+    }
+}
+
+/// The sums over the even inputs of a block, or over the odd ones.
+#[inline(always)]
+fn half<I: Isa, const R: usize, const C: usize, const ODD: usize>(
+    isa: I,
+    rows: [&[f32; BLOCK]; R],
+    panels: [&[Bf16; BLOCK / 2]; C],
+    ahead: usize,
+) -> Sums<I, R, C> {
+    // Loops, not closures: those would be compiled for the baseline where they are not inlined.
+    let zero = isa.load(&[0.0; LANES]);
+    let (mut sums, mut lines) = ([[zero; C]; R], [zero; C]);
+    for i in 0..BLOCK / 2 {
+        if ahead > 0 {
+            fetch(isa, panels, i, ahead);
+        }
+        for c in 0..C {
+            lines[c] = isa.brains(&panels[c][i].0, ODD);
+        }
+        for r in 0..R {
+            for c in 0..C {
+                sums[r][c] = isa.mul_add(lines[c], rows[r][2 * i + ODD], sums[r][c]);
+            }
+        }
+    }
+    sums
+}
+
+/// Asks for the lines that come so many after line `i`.
+#[inline(always)]
+fn fetch<I: Isa, const C: usize>(isa: I, panels: [&[Bf16; BLOCK / 2]; C], i: usize, ahead: usize) {
+    for panel in panels {
+        isa.prefetch((&raw const panel[i]).wrapping_add(ahead).cast());
+    }
+}
+
+/// As it is, for products of pairs.
+impl Brain for u16 {
+    const ZERO: Self = 0;
+
+    #[inline(always)]
+    fn new(bits: u16) -> Self {
+        bits
+    }
+
+    fn run(level: Level, task: impl Task<Out = ()>) {
+        level.dots(task);
+    }
+
+    #[inline(always)]
+    fn add<I: Isa, const R: usize, const C: usize>(
+        isa: I,
+        rows: [&[u16; BLOCK]; R],
+        panels: [&[Bf16; BLOCK / 2]; C],
+        ahead: usize,
+        sums: &mut Sums<I, R, C>,
+    ) {
+        for i in 0..BLOCK / 2 {
+            if ahead > 0 {
+                fetch(isa, panels, i, ahead);
+            }
+            for r in 0..R {
+                for c in 0..C {
+                    sums[r][c] = isa.dot(&panels[c][i].0, [rows[r][2 * i], rows[r][2 * i + 1]], sums[r][c]);
+                }
+            }
+        }
+    }
+}
+
+/// A product by vectors.
+struct Product<'a, T> {
+    level: Level,
+    /// `(rows, depth)`
+    x: &'a [T],
+    /// Inputs, whole blocks.
+    depth: usize,
+    lines: &'a [Bf16],
+    target: &'a Target<'a>,
+}
+
+/// Rows, then inputs, that stay in the second-level cache while panels pass by.
+const BANDS: Bands = Bands { most: 96, step: ROWS };
+const DEPTH: usize = 640;
+
+/// Lines of a panel that are asked for before they are read: 2 kB.
+const AHEAD: usize = 32;
+
+impl<T: Brain> Product<'_, T> {
+    fn fill(&self, ops: &CpuOps) {
+        // SAFETY: a block's outputs are those that it is given.
+        unsafe {
+            let bytes = self.depth / 2 * size_of::<Bf16>();
+            self.target.fill(&ops.team, self.depth, bytes, BANDS, |rows, panels| self.block(rows, panels));
+        }
+    }
+
+    /// # Safety
+    /// No other thread accesses these outputs of these rows meanwhile.
+    unsafe fn block(&self, band: Range<usize>, panels: Range<usize>) {
+        // Few rows: the panels stream by once, as many side by side as the tile has. Many: a panel or four stay in the cache for all
+        // rows of the band.
+        let few = band.len() <= ROWS;
+        let depth = if few { self.depth } else { DEPTH };
+        let group = if few { panels.len().max(1) } else { 1 + 3 * usize::from(self.level.is_wide()) };
+        for from in (0..self.depth).step_by(depth) {
+            let inputs = from..self.depth.min(from + depth);
+            for panel in panels.clone().step_by(group) {
+                let panels = panel..panels.end.min(panel + group);
+                for row in band.clone().step_by(ROWS) {
+                    let strip = Strip { product: self, row, panels: panels.clone(), inputs: inputs.clone(), is_read_once: few };
+                    tiled!(self.level, band.end - row, strip.run(self.level));
+                }
+            }
+        }
+    }
+}
+
+/// Adds the products of `inputs` to the outputs of `panels` for some rows. No other thread accesses these outputs meanwhile.
+struct Strip<'a, T> {
+    product: &'a Product<'a, T>,
+    row: usize,
+    panels: Range<usize>,
+    inputs: Range<usize>,
+    is_read_once: bool,
+}
+
+impl<T: Brain> Strip<'_, T> {
+    fn run<const R: usize, const C: usize, const D: usize>(&self, level: Level) {
+        T::run(level, Tiles::<T, R, C, D>(self));
+    }
+}
+
+/// A strip of `R` rows, `C` panels at a time, then `D`, then one.
+struct Tiles<'a, T, const R: usize, const C: usize, const D: usize>(&'a Strip<'a, T>);
+
+impl<T: Brain, const R: usize, const C: usize, const D: usize> Task for Tiles<'_, T, R, C, D> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Range { start, end } = self.0.panels;
+        let mut panel = start;
+        while panel + C <= end {
+            self.tile::<I, C>(isa, panel);
+            panel += C;
+        }
+        while D > 1 && panel + D <= end {
+            self.tile::<I, D>(isa, panel);
+            panel += D;
+        }
+        while panel < end {
+            self.tile::<I, 1>(isa, panel);
+            panel += 1;
+        }
+    }
+}
+
+impl<T: Brain, const R: usize, const C: usize, const D: usize> Tiles<'_, T, R, C, D> {
+    #[inline(always)]
+    fn tile<I: Isa, const N: usize>(&self, isa: I, panel: usize) {
+        let &Strip { product, row, ref inputs, is_read_once, .. } = self.0;
+        let &Product { depth, x, lines, target, .. } = product;
+        let (blocks, stride) = (inputs.len() / BLOCK, depth / 2);
+        let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
+        let mut rows = [x.as_chunks().0; R];
+        let mut panels = [lines.as_chunks().0; N];
+        for r in 0..R {
+            rows[r] = &x[(row + r) * depth..][inputs.clone()].as_chunks().0[..blocks];
+            if inputs.start > 0 {
+                for c in 0..N {
+                    // SAFETY: the rows and outputs are those of this strip.
+                    sums[r][c] = unsafe { target.load(isa, row + r, panel + c) };
+                }
+            }
+        }
+        for c in 0..N {
+            panels[c] = &lines[(panel + c) * stride..][inputs.start / 2..].as_chunks().0[..blocks];
+        }
+        for i in 0..blocks {
+            let (mut row, mut lines) = ([&rows[0][i]; R], [&panels[0][i]; N]);
+            for r in 1..R {
+                row[r] = &rows[r][i];
+            }
+            for c in 1..N {
+                lines[c] = &panels[c][i];
+            }
+            // What comes after the last lines of a panel is the same panel of the next tile.
+            let ahead = match is_read_once {
+                true if (i + 1) * (BLOCK / 2) + AHEAD <= stride => AHEAD,
+                true => AHEAD + (N - 1) * stride,
+                false => 0,
+            };
+            T::add(isa, row, lines, ahead, &mut sums);
+        }
+        for r in 0..R {
+            for c in 0..N {
+                // SAFETY: as above.
+                unsafe { target.store(isa, sums[r][c], row + r, panel + c) };
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::{
+        super::{isa::tests::vectorised, noise, ops},
+        *,
+    };
+
+    /// Every unit of this processor, Pairs also by widening; says what this processor cannot test.
+    fn units() -> Vec<(Unit, Level)> {
+        let levels: Vec<_> = [Level::PORTABLE].into_iter().chain(vectorised()).collect();
+        let mut all: Vec<_> = levels.iter().flat_map(|&level| [(Unit::Vectors, level), (Unit::Pairs, level)]).collect();
+        #[cfg(target_arch = "x86_64")]
+        all.extend(levels.iter().filter_map(|&level| Some((Unit::Tiles(Amx::detect()?), level))).last());
+        all
+    }
+
+    /// Whether this processor's own order of sums is used, which the reference need not share.
+    fn is_own(unit: Unit, level: Level) -> bool {
+        unit == Unit::Pairs && level != Level::PORTABLE && level.instructions() == super::super::isa::Instructions::Avx512Bf16
+    }
+
+    /// A weight and rows that it is multiplied by.
+    struct Case {
+        inputs: usize,
+        outputs: usize,
+        x: Vec<f32>,
+        lines: Vec<Bf16>,
+    }
+
+    impl Case {
+        fn new(rows: usize, outputs: usize, inputs: usize, x: impl Fn(usize, usize) -> f32, w: impl Fn(usize, usize) -> f32) -> Self {
+            let stride = inputs.next_multiple_of(BLOCK) / 2;
+            let mut lines = vec![Bf16([0; 2 * LANES]); outputs.div_ceil(LANES) * stride];
+            for (output, input) in (0..outputs).flat_map(|output| (0..inputs).map(move |input| (output, input))) {
+                let bits = bf16::from_f32(w(output, input)).to_bits();
+                lines[output / LANES * stride + input / 2].0[output % LANES * 2 + input % 2] = bits;
+            }
+            flush(&mut lines);
+            Self { inputs, outputs, x: (0..rows * inputs).map(|i| x(i / inputs, i % inputs)).collect(), lines }
+        }
+
+        fn noise(rows: usize, outputs: usize, inputs: usize) -> Self {
+            let (x, w) = (noise(rows * inputs, 5), noise(outputs * inputs, 6));
+            Self::new(rows, outputs, inputs, |row, i| x[row * inputs + i], |output, i| w[output * inputs + i])
+        }
+
+        fn product(&self, (unit, level): (Unit, Level), threads: usize, rows: Range<usize>) -> Vec<f32> {
+            let (ops, x) = (ops(level, threads), &self.x[rows.start * self.inputs..rows.end * self.inputs]);
+            let mut y = vec![f32::NAN; rows.len() * self.outputs];
+            ops.team.hold(|| unit.multiply(&ops, self.inputs, &self.lines, x, &Target::new(&mut y, self.outputs, None, None)));
+            y
+        }
+
+        fn all(&self, unit: (Unit, Level)) -> Vec<f32> {
+            self.product(unit, 2, 0..self.x.len() / self.inputs)
+        }
+
+        fn x(&self, row: usize, i: usize) -> f32 {
+            if i < self.inputs { f32::new(rounded(self.x[row * self.inputs + i])) } else { 0.0 }
+        }
+
+        fn w(&self, output: usize, i: usize) -> f32 {
+            let stride = self.inputs.next_multiple_of(BLOCK) / 2;
+            f32::new(self.lines[output / LANES * stride + i / 2].0[output % LANES * 2 + i % 2])
+        }
+
+        /// An output by the book: in the order of a unit.
+        fn output(&self, unit: Unit, row: usize, output: usize) -> f32 {
+            let mut sum = 0.0f32;
+            for first in (0..self.inputs).step_by(BLOCK) {
+                let product = |sum: f32, i: usize| self.w(output, i).mul_add(self.x(row, i), sum);
+                sum = match unit {
+                    Unit::Pairs => (first..first + BLOCK).step_by(2).fold(sum, |sum, i| product(product(sum, i + 1), i)),
+                    _ => {
+                        let half = |odd| (first + odd..first + BLOCK).step_by(2).fold(0.0, product);
+                        sum + (half(0) + half(1))
+                    }
+                };
+            }
+            sum
+        }
+
+        /// Compares with the book, and with exact sums.
+        fn check(&self, unit: (Unit, Level)) {
+            for (i, y) in self.all(unit).into_iter().enumerate() {
+                let (row, output) = (i / self.outputs, i % self.outputs);
+                let products = (0..self.inputs).map(|i| f64::from(self.x(row, i)) * f64::from(self.w(output, i)));
+                let (exact, size) = products.fold((0.0, 0.0), |(sum, size), product| (sum + product, size + product.abs()));
+                let most = (self.inputs + 34) as f64 * 2f64.powi(-24) * size;
+                assert!((f64::from(y) - exact).abs() <= most, "{unit:?} {} inputs: {y} for {exact}", self.inputs);
+                if !is_own(unit.0, unit.1) {
+                    let expected = self.output(unit.0, row, output);
+                    assert!(y == expected, "{unit:?} {} x {}, row {row}: {y} for {expected}", self.outputs, self.inputs);
+                }
+                assert!(!y.is_subnormal());
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_are_rounded_to_the_nearest() {
+        let bits = (0..=u16::MAX).flat_map(|high| [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff].map(|low| u32::from(high) << 16 | low));
+        let x: Vec<f32> = bits.map(f32::from_bits).collect();
+        let expected = x.iter().map(|&x| match bf16::from_f32(x) {
+            small if small.to_f32().abs() < 2f32.powi(-56) => 0,
+            other => other.to_bits(),
+        });
+        let expected: Vec<u16> = expected.collect();
+        for level in Level::all() {
+            let ops = ops(level, 2);
+            for (inputs, depth) in [(x.len() / 3, x.len() / 3), (1, 32), (33, 64)] {
+                let (mut narrow, mut wide) = (vec![7; 3 * depth], vec![7.0; 3 * depth]);
+                round(&ops, &x[..3 * inputs], inputs, depth, &mut narrow);
+                round(&ops, &x[..3 * inputs], inputs, depth, &mut wide);
+                for (row, expected) in expected.chunks_exact(inputs).take(3).enumerate() {
+                    let (found, rest) = narrow[row * depth..][..depth].split_at(inputs);
+                    assert!(found == expected && rest.iter().all(|&bits| bits == 0), "{level:?} {inputs}");
+                }
+                let same = wide.iter().zip(&narrow).all(|(wide, &narrow)| wide.to_bits() == u32::from(narrow) << 16);
+                assert!(same, "{level:?} {inputs}");
+            }
+        }
+    }
+
+    #[test]
+    fn units_sum_by_the_book() {
+        // The last three reach beyond what is computed at once: 640 inputs, 96 or 256 rows.
+        let shapes = [(1, 1, 7), (63, 31, 7), (64, 576, 3), (65, 33, 20), (130, 64, 35), (17, 1300, 7), (33, 31, 100), (50, 40, 300)];
+        for unit in units() {
+            for (outputs, inputs, most) in shapes {
+                for rows in (1..=most.min(7)).chain([most]) {
+                    Case::noise(rows, outputs, inputs).check(unit);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn threads_and_company_change_no_bit() {
+        for unit in units() {
+            for (outputs, inputs) in [(16, 1), (50, 63), (97, 700)] {
+                let case = Case::noise(67, outputs, inputs);
+                let all = case.all(unit);
+                let some = [0..2, 3..7, 5..20, 10..26, 1..18, 20..53, 2..66, 33..67];
+                for rows in (0..67).map(|row| row..row + 1).chain(some) {
+                    let found = case.product(unit, 2, rows.clone());
+                    assert!(found == all[rows.start * outputs..rows.end * outputs], "{unit:?} {outputs} x {inputs}: {rows:?}");
+                }
+                for threads in [1, 5] {
+                    assert!(case.product(unit, threads, 0..67) == all, "{unit:?} {outputs} x {inputs}: {threads} threads");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_multiplies_follows_from_the_processor_alone() {
+        for level in Level::all() {
+            let (few, many) = (Unit::of(level, 1), Unit::of(level, 100));
+            let case = Case::noise(100, 40, 70);
+            assert!(case.product((few, level), 2, 0..1) == case.product((many, level), 2, 0..100)[..40], "{level:?}");
+            assert_eq!((few == Unit::Pairs, many == Unit::Pairs), (is_own(Unit::Pairs, level), is_own(Unit::Pairs, level)));
+        }
+    }
+
+    #[test]
+    fn infinities_stay_and_numbers_are_none_where_they_are_none() {
+        let (inf, nan) = (f32::INFINITY, f32::NAN);
+        for unit in units() {
+            for rows in [1, 4, 17, 33] {
+                // One row, one output and one input are special; all else is 1, so other sums are 70 but for these.
+                for (x, w, expected) in
+                    [(inf, 2.0, inf), (inf, -2.0, -inf), (inf, 0.0, nan), (nan, 1.0, nan), (0.0, nan, nan), (1e30, -1e30, -inf)]
+                {
+                    for at in [0, 1, 40, 69] {
+                        let one = |is_special, value| if is_special { value } else { 1.0 };
+                        let row = rows / 2;
+                        let case = Case::new(rows, 40, 70, |r, i| one(r == row && i == at, x), |o, i| one(o == 21 && i == at, w));
+                        for (i, y) in case.all(unit).into_iter().enumerate() {
+                            let expected = match (i / 40 == row, i % 40 == 21) {
+                                (true, true) => expected,
+                                (true, false) => 69.0 + case.x(row, at),
+                                (false, true) => 69.0 + case.w(21, at),
+                                _ => 70.0,
+                            };
+                            let same = y == expected || y.is_nan() && expected.is_nan() || (y / expected - 1.0).abs() < 1e-6;
+                            assert!(same, "{unit:?} {x} * {w} at {at}: {y} at {i} for {expected}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_denormal() {
+        let small = |exponent: i32| 2f32.powi(exponent);
+        for unit in units() {
+            // Nearly all of 2^-56 is taken for zero, and 2^-56 is not.
+            for (x, w, expected) in [(small(-56), small(-56), small(-112)), (0.99 * small(-56), 1e9, 0.0), (1e9, -0.99 * small(-56), 0.0)] {
+                assert_eq!(Case::new(5, 3, 1, |_, _| x, |_, _| w).all(unit), [expected; 15], "{unit:?}");
+            }
+            // Sums that nearly cancel each other out, of the smallest products.
+            let (x, w) = (noise(40 * 130, 8), noise(33 * 130, 9));
+            let size = |x: f32| x.signum() * (1.0 + x.abs()) * small(-56);
+            let tiny = Case::new(40, 33, 130, |row, i| size(x[row * 130 + i]), |output, i| size(w[output * 130 + i]));
+            tiny.check(unit);
+            // Sizes as far apart as sums of them fit.
+            let wild = |x: f32| x * (x * 60.0).exp2();
+            Case::new(40, 33, 130, |row, i| wild(x[row * 130 + i]), |output, i| wild(w[output * 130 + i])).check(unit);
+        }
+    }
+}

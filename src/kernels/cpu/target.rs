@@ -1,0 +1,138 @@
+//! Where a product goes: its outputs, cut into pieces for the threads, and what is added to them at the end.
+
+use super::{
+    isa::Isa,
+    line::LANES,
+    threads::{Shares, Team, part},
+    tile::ROWS,
+};
+use std::ops::Range;
+
+/// The outputs of a product, `(rows, width)`.
+pub(super) struct Target<'a> {
+    y: Shares<'a, f32>,
+    rows: usize,
+    width: usize,
+    bias: Option<&'a [f32]>,
+    /// To what `y` with its bias is added; `y` is scratch then.
+    onto: Option<Shares<'a, f32>>,
+}
+
+/// Rows that are computed together: at most so many, in steps of so many.
+pub(super) struct Bands {
+    pub most: usize,
+    pub step: usize,
+}
+
+impl<'a> Target<'a> {
+    pub(super) fn new(y: &'a mut [f32], width: usize, bias: Option<&'a [f32]>, onto: Option<&'a mut [f32]>) -> Self {
+        Self { rows: y.len() / width.max(1), y: Shares::new(y), width, bias, onto: onto.map(Shares::new) }
+    }
+
+    /// Has threads compute all outputs, each the panels of some rows by `f`. A panel is `inputs` inputs in `bytes` bytes of memory.
+    ///
+    /// # Safety
+    /// `f` accesses no other outputs than those that it is given.
+    pub(super) unsafe fn fill(
+        &self,
+        team: &Team,
+        inputs: usize,
+        bytes: usize,
+        bands: Bands,
+        f: impl Fn(Range<usize>, Range<usize>) + Sync,
+    ) {
+        let (rows, panels) = (self.rows, self.width.div_ceil(LANES));
+        let count = rows.div_ceil(bands.most).max(1);
+        let band = rows.div_ceil(count).next_multiple_of(bands.step);
+        let wanted = match team.worth(self.width * inputs * rows) {
+            1 => 1,
+            // Some more pieces than threads, which are not equally fast; but long ones, as memory is read best in long streams.
+            threads => threads * (panels * bytes / (threads * STREAM)).clamp(if rows > ROWS { 4 } else { 1 }, 4),
+        };
+        let chunks = wanted.div_ceil(count).min(panels.max(1));
+        team.run(count * chunks, |i| {
+            let (at, chunk) = (i / chunks * band, i % chunks);
+            let (rows, panels) = (at.min(rows)..rows.min(at + band), part(panels, 2, chunks, chunk));
+            f(rows.clone(), panels.clone());
+            // SAFETY: bands and parts of the panels do not overlap, so nobody else has these outputs.
+            unsafe { self.finish(rows, panels) };
+        });
+    }
+
+    /// Adds the bias, then all to what it is added to.
+    ///
+    /// # Safety
+    /// No other thread accesses these outputs meanwhile.
+    unsafe fn finish(&self, rows: Range<usize>, panels: Range<usize>) {
+        if self.bias.is_none() && self.onto.is_none() {
+            return;
+        }
+        let columns = panels.start * LANES..self.width.min(panels.end * LANES);
+        for row in rows {
+            let place = row * self.width + columns.start..row * self.width + columns.end;
+            // SAFETY: as of this function.
+            let y = unsafe { self.y.slice(place.clone()) };
+            if let Some(bias) = self.bias {
+                y.iter_mut().zip(&bias[columns.clone()]).for_each(|(y, bias)| *y += bias);
+            }
+            if let Some(onto) = &self.onto {
+                // SAFETY: as of this function.
+                unsafe { onto.slice(place) }.iter_mut().zip(y).for_each(|(onto, y)| *onto += *y);
+            }
+        }
+    }
+
+    /// Outputs of a row.
+    pub(super) fn width(&self) -> usize {
+        self.width
+    }
+
+    /// # Safety
+    /// No other thread accesses the outputs of this panel in this row meanwhile.
+    #[inline(always)]
+    #[allow(clippy::mut_from_ref)]
+    pub(super) unsafe fn outputs(&self, row: usize, panel: usize) -> &mut [f32] {
+        // SAFETY: as of this function.
+        unsafe { self.y.slice(row * self.width + panel * LANES..row * self.width + self.width.min((panel + 1) * LANES)) }
+    }
+
+    /// Where the outputs of a whole panel begin in the first of some rows; nothing if they are not all inside.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn corner(&self, rows: Range<usize>, panel: usize) -> Option<*mut f32> {
+        if rows.is_empty() || (panel + 1) * LANES > self.width {
+            return None;
+        }
+        self.y.pointer(rows.start * self.width + panel * LANES..(rows.end - 1) * self.width + (panel + 1) * LANES)
+    }
+
+    /// # Safety
+    /// As of [`Self::outputs`].
+    #[inline(always)]
+    pub(super) unsafe fn load<I: Isa>(&self, isa: I, row: usize, panel: usize) -> I::Lanes {
+        // SAFETY: as of this function.
+        let y = unsafe { self.outputs(row, panel) };
+        if let Ok(y) = <&[f32; LANES]>::try_from(&*y) {
+            return isa.load(y);
+        }
+        let mut lanes = [0.0; LANES];
+        lanes[..y.len()].copy_from_slice(y);
+        isa.load(&lanes)
+    }
+
+    /// # Safety
+    /// As of [`Self::outputs`].
+    #[inline(always)]
+    pub(super) unsafe fn store<I: Isa>(&self, isa: I, sums: I::Lanes, row: usize, panel: usize) {
+        // SAFETY: as of this function.
+        let y = unsafe { self.outputs(row, panel) };
+        if let Ok(y) = <&mut [f32; LANES]>::try_from(&mut *y) {
+            return isa.store(sums, y);
+        }
+        let mut lanes = [0.0; LANES];
+        isa.store(sums, &mut lanes);
+        y.copy_from_slice(&lanes[..y.len()]);
+    }
+}
+
+/// Bytes of a stream of weights that are worth a piece of their own.
+const STREAM: usize = 128 << 10;
