@@ -167,8 +167,8 @@ impl Brain for f32 {
         ahead: usize,
         sums: &mut Sums<I, R, C>,
     ) {
-        let even = half::<I, R, C, 0>(isa, rows, panels, ahead);
-        let odd = half::<I, R, C, 1>(isa, rows, panels, 0);
+        let even = every_other::<I, R, C, 0>(isa, rows, panels, ahead);
+        let odd = every_other::<I, R, C, 1>(isa, rows, panels, 0);
         for r in 0..R {
             for c in 0..C {
                 sums[r][c] = isa.mul_add(isa.mul_add(even[r][c], 1.0, odd[r][c]), 1.0, sums[r][c]);
@@ -179,7 +179,7 @@ impl Brain for f32 {
 
 /// The sums over the even inputs of a block, or over the odd ones.
 #[inline(always)]
-fn half<I: Isa, const R: usize, const C: usize, const ODD: usize>(
+fn every_other<I: Isa, const R: usize, const C: usize, const ODD: usize>(
     isa: I,
     rows: [&[f32; BLOCK]; R],
     panels: [&[Bf16; BLOCK / 2]; C],
