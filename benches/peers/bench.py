@@ -153,9 +153,10 @@ class Bench:
         """Every engine that a file of this type can be read by, ours first."""
         checkpoint = self.peers.checkpoint(self.driver, model, dtype)
         half = dtype == "bf16" and any(flag in flags() for flag in ("avx512_bf16", "amx_bf16"))
-        plan = {"ours": ([self.driver, "ours", checkpoint, "f32"], None, [])}
+        threads = str(self.options.threads)
+        plan = {"ours": ([self.driver, "ours", checkpoint, "f32", threads], None, [])}
         if half:
-            plan["ours, dtype bf16"] = ([self.driver, "ours", checkpoint, "bf16"], None, [])
+            plan["ours, dtype bf16"] = ([self.driver, "ours", checkpoint, "bf16", threads], None, [])
         elif dtype == "bf16":
             self.missing["dtype bf16"] = "this processor has neither AVX-512 BF16 nor AMX"
         for peer in self.options.peers:

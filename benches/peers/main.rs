@@ -25,9 +25,9 @@ fn main() -> Result<()> {
     match args[..] {
         ["make", shape, dtype, folder] => make::checkpoint(shape, dtype, Path::new(folder)),
         ["probe", threads] => probe::serve(threads.parse()?),
-        ["ours", folder, dtype] => {
+        ["ours", folder, dtype, threads] => {
             let before = Memory::now()?;
-            let ours = ours::Ours::load(Path::new(folder), dtype)?;
+            let ours = ours::Ours::load(Path::new(folder), dtype, threads.parse()?)?;
             let hello = Hello { weights: ours.weights(), position: ours.position(), ..Hello::new(before)? };
             serve(hello, |request: Request| measured(|| ours.call(&request)))
         }
@@ -41,7 +41,7 @@ fn main() -> Result<()> {
             println!("python3 benches/peers/bench.py compares with other engines");
             Ok(())
         }
-        _ => bail!("{args:?}; make SHAPE DTYPE FOLDER, probe THREADS, ours FOLDER DTYPE or candle FOLDER DTYPE is accepted"),
+        _ => bail!("{args:?}; make SHAPE DTYPE FOLDER, probe THREADS, ours FOLDER DTYPE THREADS or candle FOLDER DTYPE is accepted"),
     }
 }
 
