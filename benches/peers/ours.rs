@@ -27,7 +27,8 @@ impl Ours {
     pub fn load(folder: &Path, dtype: &str, threads: usize) -> Result<Self> {
         let dtype = if dtype == "bf16" { DType::BF16 } else { DType::F32 };
         // A config of nothing: no end token, so that every call runs to its end.
-        let plain = Generator::builder(folder).device(Device::Cpu).dtype(dtype).threads(threads).load()?.with_config(GenerationConfig::default());
+        let plain =
+            Generator::builder(folder).device(Device::Cpu).dtype(dtype).threads(threads).load()?.with_config(GenerationConfig::default());
         let forward = Arc::default();
         let model = Timed { model: plain.model().clone(), forward: Arc::clone(&forward) };
         let timed = Generator::new(model, plain.tokenizer().cloned());

@@ -393,7 +393,7 @@ mod tests {
         let levels: Vec<_> = [Level::PORTABLE].into_iter().chain(vectorised()).collect();
         let mut all: Vec<_> = levels.iter().flat_map(|&level| [(Unit::Vectors, level), (Unit::Pairs, level)]).collect();
         #[cfg(target_arch = "x86_64")]
-        all.extend(levels.iter().filter_map(|&level| Some((Unit::Tiles(Amx::detect()?), level))).last());
+        all.extend(levels.last().and_then(|&level| Some((Unit::Tiles(Amx::detect()?), level))));
         all
     }
 

@@ -102,8 +102,8 @@ impl Level {
 
     /// The best that this processor has, but for what is above `most`.
     pub(super) fn best(most: Option<Instructions>) -> Self {
-        let all = Self::all().into_iter().filter(|level| most.is_none_or(|most| level.0 <= most));
-        all.last().unwrap_or(Self::PORTABLE)
+        let mut all = Self::all().into_iter().filter(|level| most.is_none_or(|most| level.0 <= most));
+        all.next_back().unwrap_or(Self::PORTABLE)
     }
 
     /// Whether there are 32 registers of 16 lanes, rather than 16 of 8 or the like.

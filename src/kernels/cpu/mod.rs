@@ -1,5 +1,7 @@
 //! The fused operations for the CPU: f32 arithmetic on weights of the file's type, or products of bf16, with the same bits in any company.
 
+#![allow(clippy::needless_range_loop, reason = "tiles are several arrays that rows and panels go through together")]
+
 #[cfg(target_arch = "x86_64")]
 mod amx;
 mod attention;
