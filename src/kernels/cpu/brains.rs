@@ -10,7 +10,7 @@ use super::{
     isa::{Isa, Level, Task},
     line::{BLOCK, Bf16, LANES},
     target::{Bands, Target},
-    tile::{ROWS, Sums, tiled},
+    tile::{ROWS, Sums, is_wide, tiled},
 };
 #[cfg(target_arch = "x86_64")]
 use super::{amx::Amx, isa::Instructions};
@@ -314,6 +314,8 @@ struct Tiles<'a, T, const R: usize, const C: usize, const D: usize>(&'a Strip<'a
 
 impl<T: Brain, const R: usize, const C: usize, const D: usize> Task for Tiles<'_, T, R, C, D> {
     type Out = ();
+    const NARROW: bool = !is_wide(R, C);
+    const WIDE: bool = is_wide(R, C);
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {

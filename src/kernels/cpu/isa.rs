@@ -12,6 +12,9 @@ use half::{bf16, f16};
 /// Work to be compiled for each instruction set.
 pub(super) trait Task {
     type Out;
+    /// Whether it is ever run with registers of 8 lanes, and of 16: what is not is not compiled for them.
+    const NARROW: bool = true;
+    const WIDE: bool = true;
 
     /// Must be `#[inline(always)]`.
     fn run<I: Isa>(self, isa: I) -> Self::Out;
@@ -120,10 +123,10 @@ impl Level {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: this value comes from `all`, which has found AVX2, FMA and F16C.
-            Instructions::Avx2 => unsafe { x86::avx2(task) },
+            Instructions::Avx2 if T::NARROW => unsafe { x86::avx2(task) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: this value comes from `all`, which has found AVX-512 F, BW, DQ and VL beside AVX2, FMA and F16C.
-            Instructions::Avx512 | Instructions::Avx512Bf16 | Instructions::Amx => unsafe { x86::avx512(task) },
+            Instructions::Avx512 | Instructions::Avx512Bf16 | Instructions::Amx if T::WIDE => unsafe { x86::avx512(task) },
             _ => task.run(Portable),
         }
     }
@@ -133,7 +136,7 @@ impl Level {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: this value comes from `all`, which has found AVX-512 BF16 beside what `run` needs for AVX-512.
-            Instructions::Avx512Bf16 => unsafe { x86::avx512bf16(task) },
+            Instructions::Avx512Bf16 if T::WIDE => unsafe { x86::avx512bf16(task) },
             _ => self.run(task),
         }
     }

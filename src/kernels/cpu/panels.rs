@@ -6,7 +6,7 @@ use super::{
     line::{Bf16, F16, F32, LANES, Line},
     target::{Bands, Target},
     threads::Team,
-    tile::{ROWS, multiply, tiled},
+    tile::{ROWS, is_wide, multiply, tiled},
 };
 use crate::{error::Result, kernels::Matrix};
 use candle_core::{DType, Error};
@@ -213,6 +213,8 @@ struct Tiles<'a, L, const R: usize, const C: usize, const D: usize, const AHEAD:
 
 impl<L: Line, const R: usize, const C: usize, const D: usize, const AHEAD: usize> Task for Tiles<'_, L, R, C, D, AHEAD> {
     type Out = ();
+    const NARROW: bool = !is_wide(R, C);
+    const WIDE: bool = is_wide(R, C);
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {

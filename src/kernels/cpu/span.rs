@@ -5,7 +5,7 @@ use super::{
     isa::{Isa, Level, Task},
     line::LANES,
     math,
-    tile::{ROWS, multiply, tiled},
+    tile::{ROWS, is_wide, multiply, tiled},
 };
 use crate::{cache::PAGE, kernels::Attention};
 use std::ops::Range;
@@ -82,6 +82,8 @@ struct Score<'a, 'b, const R: usize, const C: usize> {
 
 impl<const R: usize, const C: usize> Task for Score<'_, '_, R, C> {
     type Out = ();
+    const NARROW: bool = !is_wide(R, C);
+    const WIDE: bool = is_wide(R, C);
 
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
@@ -201,6 +203,8 @@ struct Sum<'a, 'b, const R: usize, const C: usize> {
 
 impl<const R: usize, const C: usize> Task for Sum<'_, '_, R, C> {
     type Out = ();
+    const NARROW: bool = !is_wide(R, C);
+    const WIDE: bool = is_wide(R, C);
 
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {

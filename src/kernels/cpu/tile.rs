@@ -70,6 +70,11 @@ pub(super) fn multiply<I: Isa, L: Line, const R: usize, const C: usize, const AH
 /// The largest number of rows of a tile.
 pub(super) const ROWS: usize = 6;
 
+/// Whether a tile of so many rows and panels is for 32 registers of 16 lanes: one of those below.
+pub(super) const fn is_wide(rows: usize, panels: usize) -> bool {
+    panels == 8 || panels == 4 && rows > 1
+}
+
 /// Calls a function generic over `<const R: usize, const C: usize, const D: usize>` with the tile that suits `rows` in 1..=[`ROWS`]: so
 /// many rows and panels, and the panels at a time of what is left of them.
 ///
