@@ -102,16 +102,20 @@ impl Weights {
 
     /// Lets go of bytes that were read, so that a file is not in memory beside the weights made of it. Whoever reads them again
     /// reads them from the file.
+    #[cfg_attr(not(unix), allow(unused_variables))]
     pub fn forget(&self, bytes: &[u8]) {
+        /// The system maps more than what is read, on both sides, and so what was let go of already: at most a large page.
+        #[cfg(unix)]
+        const MORE: usize = 2 << 20;
         #[cfg(unix)]
         for (_, map) in &self.files {
-            let (start, end) = (map.as_ptr() as usize, map.as_ptr() as usize + map.len());
-            let at = bytes.as_ptr() as usize;
-            if (start..end).contains(&at) {
+            let place = (bytes.as_ptr() as usize).wrapping_sub(map.as_ptr() as usize);
+            if place < map.len() {
+                let (start, end) = (place.saturating_sub(MORE), map.len().min(place + bytes.len() + MORE));
                 // SAFETY: a page of a read-only map of a file that is given back is read from the file anew, with the same bytes
                 // unless somebody changes the file, of which `add` speaks. The range is within the map. Where the system refuses,
                 // nothing happens.
-                let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, at - start, bytes.len()) };
+                let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
             }
         }
     }
