@@ -49,7 +49,7 @@
 //! | bring a model | [`Model`], [`Cache`]; [`Foreign`] for those of candle-transformers |
 //! | handle errors | [`Error`] |
 //!
-//! On the CPU, in f32 arithmetic, a row's logits are the same bits alone and in a batch, cached and computed anew, in one
+//! On the CPU, in f32 and bf16 arithmetic, a row's logits are the same bits alone and in a batch, cached and computed anew, in one
 //! pass and in chunks, on any number of threads.
 #![warn(missing_docs)]
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]

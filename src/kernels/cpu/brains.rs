@@ -10,7 +10,7 @@ use super::{
     isa::{Isa, Level, Task},
     line::{BLOCK, Bf16, LANES},
     target::{Bands, Target},
-    tile::{ROWS, Sums, is_wide, tiled},
+    tile::{ROWS, Sums, Tiles, is_wide, tiled},
 };
 #[cfg(target_arch = "x86_64")]
 use super::{amx::Amx, isa::Instructions};
@@ -305,40 +305,27 @@ struct Strip<'a, T> {
 
 impl<T: Brain> Strip<'_, T> {
     fn run<const R: usize, const C: usize, const D: usize>(&self, level: Level) {
-        T::run(level, Tiles::<T, R, C, D>(self));
+        T::run(level, Columns::<T, R, C, D>(self));
     }
 }
 
 /// A strip of `R` rows, `C` panels at a time, then `D`, then one.
-struct Tiles<'a, T, const R: usize, const C: usize, const D: usize>(&'a Strip<'a, T>);
+struct Columns<'a, T, const R: usize, const C: usize, const D: usize>(&'a Strip<'a, T>);
 
-impl<T: Brain, const R: usize, const C: usize, const D: usize> Task for Tiles<'_, T, R, C, D> {
+impl<T: Brain, const R: usize, const C: usize, const D: usize> Task for Columns<'_, T, R, C, D> {
     type Out = ();
     const NARROW: bool = !is_wide(R, C);
     const WIDE: bool = is_wide(R, C);
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
-        let Range { start, end } = self.0.panels;
-        let mut panel = start;
-        while panel + C <= end {
-            self.tile::<I, C>(isa, panel);
-            panel += C;
-        }
-        while D > 1 && panel + D <= end {
-            self.tile::<I, D>(isa, panel);
-            panel += D;
-        }
-        while panel < end {
-            self.tile::<I, 1>(isa, panel);
-            panel += 1;
-        }
+    fn run<I: Isa>(mut self, isa: I) {
+        self.walk::<I, C, D>(isa, self.0.panels.clone());
     }
 }
 
-impl<T: Brain, const R: usize, const C: usize, const D: usize> Tiles<'_, T, R, C, D> {
+impl<T: Brain, const R: usize, const C: usize, const D: usize> Tiles for Columns<'_, T, R, C, D> {
     #[inline(always)]
-    fn tile<I: Isa, const N: usize>(&self, isa: I, panel: usize) {
+    fn tile<I: Isa, const N: usize>(&mut self, isa: I, panel: usize) {
         let &Strip { product, row, ref inputs, is_read_once, .. } = self.0;
         let &Product { depth, x, lines, target, .. } = product;
         let (blocks, stride) = (inputs.len() / BLOCK, depth / 2);

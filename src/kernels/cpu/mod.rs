@@ -54,7 +54,8 @@ pub(crate) struct Act {
 }
 
 impl CpuOps {
-    /// In f32 or bf16 arithmetic, on so many threads, by default as many as there are cores, and with the best instructions of this processor up to `most`.
+    /// In f32 or bf16 arithmetic, on so many threads, by default as many as there are cores, and with the best instructions of this
+    /// processor up to `most`.
     pub(crate) fn new(dtype: DType, threads: Option<usize>, most: Option<Instructions>, attention: AttnImplementation) -> Self {
         let team = Team::of(threads.unwrap_or_else(threads::cores));
         let span = match attention {

@@ -6,7 +6,7 @@ use super::{
     line::{Bf16, F16, F32, LANES, Line},
     target::{Bands, Target},
     threads::Team,
-    tile::{ROWS, is_wide, multiply, tiled},
+    tile::{ROWS, Tiles, is_wide, multiply, tiled},
 };
 use crate::{error::Result, kernels::Matrix};
 use candle_core::{DType, Error};
@@ -202,42 +202,29 @@ impl<L: Line> Strip<'_, L> {
     fn run<const R: usize, const C: usize, const D: usize>(&self, level: Level, once: bool) {
         // Lines that are read once: where they come in one stream, or vectors are wide, the processor does not look far enough ahead.
         match once && (C == 1 || level.is_wide()) {
-            true => level.run(Tiles::<L, R, C, D, 1024>(self)),
-            false => level.run(Tiles::<L, R, C, D, 0>(self)),
+            true => level.run(Columns::<L, R, C, D, 1024>(self)),
+            false => level.run(Columns::<L, R, C, D, 0>(self)),
         }
     }
 }
 
 /// A strip of `R` rows, `C` panels at a time, then `D`, then one.
-struct Tiles<'a, L, const R: usize, const C: usize, const D: usize, const AHEAD: usize>(&'a Strip<'a, L>);
+struct Columns<'a, L, const R: usize, const C: usize, const D: usize, const AHEAD: usize>(&'a Strip<'a, L>);
 
-impl<L: Line, const R: usize, const C: usize, const D: usize, const AHEAD: usize> Task for Tiles<'_, L, R, C, D, AHEAD> {
+impl<L: Line, const R: usize, const C: usize, const D: usize, const AHEAD: usize> Task for Columns<'_, L, R, C, D, AHEAD> {
     type Out = ();
     const NARROW: bool = !is_wide(R, C);
     const WIDE: bool = is_wide(R, C);
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
-        let Range { start, end } = self.0.panels;
-        let mut panel = start;
-        while panel + C <= end {
-            self.tile::<I, C>(isa, panel);
-            panel += C;
-        }
-        while D > 1 && panel + D <= end {
-            self.tile::<I, D>(isa, panel);
-            panel += D;
-        }
-        while panel < end {
-            self.tile::<I, 1>(isa, panel);
-            panel += 1;
-        }
+    fn run<I: Isa>(mut self, isa: I) {
+        self.walk::<I, C, D>(isa, self.0.panels.clone());
     }
 }
 
-impl<L: Line, const R: usize, const C: usize, const D: usize, const AHEAD: usize> Tiles<'_, L, R, C, D, AHEAD> {
+impl<L: Line, const R: usize, const C: usize, const D: usize, const AHEAD: usize> Tiles for Columns<'_, L, R, C, D, AHEAD> {
     #[inline(always)]
-    fn tile<I: Isa, const N: usize>(&self, isa: I, panel: usize) {
+    fn tile<I: Isa, const N: usize>(&mut self, isa: I, panel: usize) {
         let &Strip { sides, lines, stride, row, ref panels, ref inputs } = self.0;
         let (width, first) = (sides.inputs, panel - panels.start);
         let mut sums = [[isa.load(&[0.0; LANES]); N]; R];

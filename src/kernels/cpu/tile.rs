@@ -4,6 +4,7 @@
 //! neither on the shape of the tile nor on where a long product is cut.
 
 use super::{isa::Isa, line::Line};
+use std::ops::Range;
 
 /// Sums of `R` rows with `C` panels, in registers.
 pub(super) type Sums<I, const R: usize, const C: usize> = [[<I as Isa>::Lanes; C]; R];
@@ -63,6 +64,30 @@ pub(super) fn multiply<I: Isa, L: Line, const R: usize, const C: usize, const AH
                     sums[r][c] = isa.mul_add(line, rows[r][inputs - 1], sums[r][c]);
                 }
             }
+        }
+    }
+}
+
+/// Tiles side by side over a row of panels.
+pub(super) trait Tiles {
+    /// Computes the tile of `N` panels from `panel` on. Must be `#[inline(always)]`.
+    fn tile<I: Isa, const N: usize>(&mut self, isa: I, panel: usize);
+
+    /// Computes all of `panels`: `C` at a time, then `D`, then one.
+    #[inline(always)]
+    fn walk<I: Isa, const C: usize, const D: usize>(&mut self, isa: I, panels: Range<usize>) {
+        let Range { start: mut panel, end } = panels;
+        while panel + C <= end {
+            self.tile::<I, C>(isa, panel);
+            panel += C;
+        }
+        while D > 1 && panel + D <= end {
+            self.tile::<I, D>(isa, panel);
+            panel += D;
+        }
+        while panel < end {
+            self.tile::<I, 1>(isa, panel);
+            panel += 1;
         }
     }
 }
