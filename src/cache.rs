@@ -4,7 +4,10 @@ use crate::{
     error::{Error, Result},
     kernels::{
         Store, StoreShape,
-        cpu::line::{F32, LANES, Line},
+        cpu::{
+            line::{F32, LANES},
+            scratch::{Buffer, Scratch},
+        },
     },
     model::Room,
 };
@@ -20,20 +23,22 @@ pub(crate) struct Pages {
     room: Room,
     pages: Vec<Arc<Page>>,
     len: usize,
+    /// Where pages come from.
+    memory: Arc<Scratch>,
 }
 
 /// 16 positions. For each layer and key-value head, keys then values, both in the form of panels: keys are one panel with a
 /// line for each dimension (lanes are positions); values are panels of 16 dimensions with a line for each position.
 #[derive(Debug, Clone)]
 pub(crate) struct Page {
-    lines: Vec<F32>,
+    lines: Buffer,
     shape: StoreShape,
 }
 
 impl Pages {
     /// No positions, and room as asked for.
-    pub(crate) fn new(shape: StoreShape, room: Room) -> Result<Self> {
-        let mut pages = Self { shape, room, pages: Vec::new(), len: 0 };
+    pub(crate) fn new(shape: StoreShape, room: Room, memory: Arc<Scratch>) -> Result<Self> {
+        let mut pages = Self { shape, room, pages: Vec::new(), len: 0, memory };
         pages.furnish(room)?;
         Ok(pages)
     }
@@ -55,7 +60,7 @@ impl Pages {
                 return Err(Error::config("max_cache_len", most, format!("{len} positions are needed")));
             }
             _ if self.pages.len() < len.div_ceil(PAGE) => {
-                self.pages.resize_with(len.div_ceil(PAGE), || Arc::new(Page::new(self.shape)));
+                self.pages.resize_with(len.div_ceil(PAGE), || Arc::new(Page::new(self.shape, &self.memory)));
             }
             _ => {}
         }
@@ -100,39 +105,39 @@ impl Store for Pages {
                 count
             }
         };
-        self.pages.resize_with(count, || Arc::new(Page::new(self.shape)));
+        self.pages.resize_with(count, || Arc::new(Page::new(self.shape, &self.memory)));
         self.room = room;
         Ok(())
     }
 }
 
 impl Page {
-    fn new(shape: StoreShape) -> Self {
-        Self { lines: vec![F32::ZERO; Self::lines(shape)], shape }
+    fn new(shape: StoreShape, memory: &Arc<Scratch>) -> Self {
+        Self { lines: memory.take(Self::lines(shape) * LANES), shape }
     }
 
     /// All lines of a head: its keys and its values.
     pub(crate) fn head(&self, layer: usize, head: usize) -> &[F32] {
         let start = self.start(layer, head);
-        &self.lines[start..start + Self::head_lines(self.shape)]
+        &self.lines.lines()[start..start + Self::head_lines(self.shape)]
     }
 
     /// One panel of keys: a line for each dimension.
     pub(crate) fn keys(&self, layer: usize, head: usize) -> &[F32] {
         let start = self.start(layer, head);
-        &self.lines[start..start + self.shape.head_dim]
+        &self.lines.lines()[start..start + self.shape.head_dim]
     }
 
     /// Panel `panel` of the values, 16 dimensions: a line for each position.
     pub(crate) fn values(&self, layer: usize, head: usize, panel: usize) -> &[F32] {
         let start = self.start(layer, head) + self.shape.head_dim + panel * PAGE;
-        &self.lines[start..start + PAGE]
+        &self.lines.lines()[start..start + PAGE]
     }
 
     /// Writes the key and value of one position.
     pub(crate) fn write(&mut self, layer: usize, head: usize, position: usize, key: &[f32], value: &[f32]) {
         let start = self.start(layer, head);
-        let (keys, values) = self.lines[start..].split_at_mut(self.shape.head_dim);
+        let (keys, values) = self.lines.lines_mut()[start..].split_at_mut(self.shape.head_dim);
         for (line, &key) in keys.iter_mut().zip(key) {
             line.0[position] = key;
         }
@@ -187,7 +192,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read() {
-        let mut pages = Pages::new(SHAPE, Room::Grow).unwrap();
+        let mut pages = Pages::new(SHAPE, Room::Grow, Scratch::small()).unwrap();
         append(&mut pages, 5, 0.0);
         append(&mut pages, 30, 0.0);
         for position in 0..35 {
@@ -202,7 +207,7 @@ mod tests {
 
     #[test]
     fn forks_share_until_they_write() {
-        let mut one = Pages::new(SHAPE, Room::Grow).unwrap();
+        let mut one = Pages::new(SHAPE, Room::Grow, Scratch::small()).unwrap();
         append(&mut one, 20, 0.0);
         let mut two = one.clone();
         assert!(Arc::ptr_eq(&one.pages[0], &two.pages[0]) && Arc::ptr_eq(&one.pages[1], &two.pages[1]));
@@ -218,7 +223,7 @@ mod tests {
 
     #[test]
     fn truncation_forgets_and_leaves_forks_alone() {
-        let mut one = Pages::new(SHAPE, Room::Grow).unwrap();
+        let mut one = Pages::new(SHAPE, Room::Grow, Scratch::small()).unwrap();
         append(&mut one, 40, 0.0);
         let two = one.clone();
         one.truncate(17).unwrap();
@@ -232,24 +237,24 @@ mod tests {
 
     #[test]
     fn growth_follows_use_and_a_reserve_is_a_limit() {
-        let mut grow = Pages::new(SHAPE, Room::Grow).unwrap();
+        let mut grow = Pages::new(SHAPE, Room::Grow, Scratch::small()).unwrap();
         assert_eq!(grow.pages.capacity(), 0);
         append(&mut grow, 16, 0.0);
         assert_eq!(grow.pages.len(), 1);
 
-        let mut fixed = Pages::new(SHAPE, Room::Reserve(20)).unwrap();
+        let mut fixed = Pages::new(SHAPE, Room::Reserve(20), Scratch::small()).unwrap();
         assert_eq!(fixed.pages.len(), 2);
         append(&mut fixed, 20, 0.0);
         let error = fixed.tail(1).unwrap_err().to_string();
         assert_eq!(error, "invalid generation config: max_cache_len = 20: 21 positions are needed");
         fixed.truncate(4).unwrap();
         assert_eq!(fixed.pages.len(), 2, "what is reserved stays");
-        assert!(Pages::new(SHAPE, Room::Reserve(usize::MAX)).is_err());
+        assert!(Pages::new(SHAPE, Room::Reserve(usize::MAX), Scratch::small()).is_err());
     }
 
     #[test]
     fn room_of_another_kind_leaves_what_is_held() {
-        let mut pages = Pages::new(SHAPE, Room::Grow).unwrap();
+        let mut pages = Pages::new(SHAPE, Room::Grow, Scratch::small()).unwrap();
         append(&mut pages, 20, 0.0);
         let fork = pages.clone();
         pages.furnish(Room::Reserve(40)).unwrap();

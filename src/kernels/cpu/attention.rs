@@ -3,7 +3,14 @@
 //! The positions of a row are cut into spans of 256 by absolute position. A span's scores, softmax and sum are computed for
 //! itself and the spans are joined in ascending order, so a token's result depends on nothing but the positions it sees.
 
-use super::{CpuOps, line::LANES, math, span::Work, threads::Shares};
+use super::{
+    CpuOps,
+    isa::{Isa, Task},
+    line::LANES,
+    math,
+    span::Work,
+    threads::Shares,
+};
 use crate::{
     cache::{PAGE, Pages},
     error::Result,
@@ -88,9 +95,9 @@ pub(super) fn attend(ops: &CpuOps, attention: &Attention, layer: usize, x: &[f32
             work.part.resize(work.part.len().max(job.values()), 0.0);
             let (all, part) = (&mut work.all[..job.values()], &mut work.part[..job.values()]);
             for (i, start) in job.spans(ops.span).enumerate() {
-                job.span(ops, start, if i == 0 { all } else { part }, &mut work.scores);
+                job.span(ops, start, if i == 0 { all } else { part }, &mut work.queries, &mut work.scores);
                 if i > 0 {
-                    job.join(all, part);
+                    ops.level.run(Join { job, all, next: part });
                 }
             }
             // SAFETY: no other job has these queries.
@@ -114,7 +121,7 @@ pub(super) fn attend(ops: &CpuOps, attention: &Attention, layer: usize, x: &[f32
             let (job, start) = spans[i];
             // SAFETY: every piece has a place of its own.
             let part = unsafe { parts.slice(places[i]..places[i] + job.values()) };
-            Workspace::with(|work| job.span(ops, start, part, &mut work.scores));
+            Workspace::with(|work| job.span(ops, start, part, &mut work.queries, &mut work.scores));
         });
     }
     let mut rest = &mut parts[..];
@@ -122,7 +129,7 @@ pub(super) fn attend(ops: &CpuOps, attention: &Attention, layer: usize, x: &[f32
         let (own, others) = rest.split_at_mut(job.spans(ops.span).len() * job.values());
         rest = others;
         let (all, own) = own.split_at_mut(job.values());
-        own.chunks_exact(job.values()).for_each(|part| job.join(all, part));
+        own.chunks_exact(job.values()).for_each(|next| ops.level.run(Join { job, all, next }));
         // SAFETY: no other job has these queries.
         unsafe { job.finish(all, &y) };
     }
@@ -131,6 +138,7 @@ pub(super) fn attend(ops: &CpuOps, attention: &Attention, layer: usize, x: &[f32
 /// What a thread computes with.
 #[derive(Default)]
 struct Workspace {
+    queries: Vec<Query>,
     /// `(queries, span)`: products, then weights.
     scores: Vec<f32>,
     all: Vec<f32>,
@@ -161,13 +169,11 @@ pub(super) struct Job<'a> {
 }
 
 /// One head of one token.
-pub(super) struct Query<'a> {
-    pub x: &'a [f32],
-    /// The positions it sees.
+pub(super) struct Query {
+    /// Where its values begin.
+    x: usize,
+    /// The positions it sees, counted from a span's start.
     pub seen: Range<usize>,
-    /// Its place in the result.
-    to: usize,
-    pub bias: HeadBias<'a>,
 }
 
 impl Job<'_> {
@@ -195,18 +201,29 @@ impl Job<'_> {
         self.queries() * self.stride()
     }
 
+    /// The token of query `i`, counted from the row's first, and the head.
+    fn place(&self, i: usize) -> (usize, usize) {
+        (self.tokens.start + i / self.group(), self.head * self.group() + i % self.group())
+    }
+
+    /// Query `i` and the part of `span` that it sees.
+    fn query(&self, i: usize, span: &Range<usize>) -> Query {
+        let Attention { sight, head_dim, .. } = *self.attention;
+        let (token, head) = self.place(i);
+        let Range { start, end } = sight.of(self.row.start + token, self.row.len);
+        let seen = start.clamp(span.start, span.end) - span.start..end.clamp(span.start, span.end) - span.start;
+        Query { x: (self.row.first + token) * self.width + head * head_dim, seen }
+    }
+
     #[inline(always)]
-    pub fn query(&self, i: usize) -> Query<'_> {
-        let Attention { heads, head_dim, .. } = *self.attention;
-        let (token, head) = (self.tokens.start + i / self.group(), self.head * self.group() + i % self.group());
-        let position = self.row.start + token;
-        let token = self.row.first + token;
-        Query {
-            x: &self.x[token * self.width + head * head_dim..][..head_dim],
-            seen: self.attention.sight.of(position, self.row.len),
-            to: (token * heads + head) * head_dim,
-            bias: self.attention.bias.of(head, position),
-        }
+    pub fn values_of(&self, query: &Query) -> &[f32] {
+        &self.x[query.x..][..self.attention.head_dim]
+    }
+
+    /// What is added to the scores of query `i`.
+    pub fn bias(&self, i: usize) -> HeadBias<'_> {
+        let (token, head) = self.place(i);
+        self.attention.bias.of(head, self.row.start + token)
     }
 
     /// What the queries see together: what the first and the last see.
@@ -227,17 +244,47 @@ impl Job<'_> {
     }
 
     /// The outcome of the positions of a span.
-    fn span(&self, ops: &CpuOps, start: usize, part: &mut [f32], scores: &mut Vec<f32>) {
+    fn span(&self, ops: &CpuOps, start: usize, part: &mut [f32], queries: &mut Vec<Query>, scores: &mut Vec<f32>) {
         // Whole pages, not more than there are.
         let len = ops.span.min(self.row.len.next_multiple_of(PAGE) - start);
-        scores.resize(scores.len().max(self.queries() * len), 0.0);
-        Work { job: self, start, len, scores, part }.run(ops.level);
+        let span = start..start + len;
+        queries.clear();
+        queries.extend((0..self.queries()).map(|i| self.query(i, &span)));
+        scores.resize(scores.len().max(queries.len() * len), 0.0);
+        Work { job: self, start, len, queries, scores, part }.run(ops.level);
     }
 
-    /// Adds the outcome of the span that follows.
-    fn join(&self, all: &mut [f32], next: &[f32]) {
-        let dims = self.dims();
-        for (all, next) in all.chunks_exact_mut(self.stride()).zip(next.chunks_exact(self.stride())) {
+    /// Writes the result.
+    ///
+    /// # Safety
+    /// No other thread accesses the results of these queries meanwhile.
+    unsafe fn finish(&self, all: &[f32], y: &Shares<'_, f32>) {
+        for (i, all) in all.chunks_exact(self.stride()).enumerate() {
+            let (token, head) = self.place(i);
+            let to = ((self.row.first + token) * self.attention.heads + head) * self.attention.head_dim;
+            // SAFETY: as of this function.
+            let y = unsafe { y.slice(to..to + self.attention.head_dim) };
+            for (y, x) in y.iter_mut().zip(all) {
+                *y = x / all[self.dims() + 1];
+            }
+        }
+    }
+}
+
+/// Adds the outcome of the span that follows.
+struct Join<'a> {
+    job: &'a Job<'a>,
+    all: &'a mut [f32],
+    next: &'a [f32],
+}
+
+impl Task for Join<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        let (dims, stride) = (self.job.dims(), self.job.stride());
+        for (all, next) in self.all.chunks_exact_mut(stride).zip(self.next.chunks_exact(stride)) {
             if next[dims] == f32::NEG_INFINITY {
                 continue;
             }
@@ -250,21 +297,6 @@ impl Job<'_> {
             all[dims + 1] = all[dims + 1] * old + next[dims + 1] * new;
         }
     }
-
-    /// Writes the result.
-    ///
-    /// # Safety
-    /// No other thread accesses the results of these queries meanwhile.
-    unsafe fn finish(&self, all: &[f32], y: &Shares<'_, f32>) {
-        for (i, all) in all.chunks_exact(self.stride()).enumerate() {
-            let to = self.query(i).to;
-            // SAFETY: as of this function.
-            let y = unsafe { y.slice(to..to + self.attention.head_dim) };
-            for (y, x) in y.iter_mut().zip(all) {
-                *y = x / all[self.dims() + 1];
-            }
-        }
-    }
 }
 
 #[cfg(test)]
@@ -273,6 +305,7 @@ mod tests {
     use super::super::{
         isa::{Level, tests::vectorised},
         noise, ops,
+        scratch::Scratch,
     };
     use super::*;
     use crate::{
@@ -306,7 +339,7 @@ mod tests {
 
         fn store(&self) -> Pages {
             let Attention { kv_heads, head_dim, .. } = self.attention;
-            Pages::new(StoreShape { layers: 2, kv_heads, head_dim }, Room::Grow).unwrap()
+            Pages::new(StoreShape { layers: 2, kv_heads, head_dim }, Room::Grow, Scratch::small()).unwrap()
         }
 
         /// One pass: the new tokens of each row, and its store.

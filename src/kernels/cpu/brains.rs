@@ -257,8 +257,7 @@ struct Product<'a, T> {
     target: &'a Target<'a>,
 }
 
-/// Rows, then inputs, that stay in the second-level cache while panels pass by.
-const BANDS: Bands = Bands { most: 96, step: ROWS };
+/// Inputs of a band's rows that stay in the second-level cache while panels pass by.
 const DEPTH: usize = 640;
 
 /// Lines of a panel that are asked for before they are read: 2 kB.
@@ -269,7 +268,7 @@ impl<T: Brain> Product<'_, T> {
         // SAFETY: a block's outputs are those that it is given.
         unsafe {
             let bytes = self.depth / 2 * size_of::<Bf16>();
-            self.target.fill(&ops.team, self.depth, bytes, BANDS, |rows, panels| self.block(rows, panels));
+            self.target.fill(&ops.team, self.depth, bytes, Bands::of(ops.level), |rows, panels| self.block(rows, panels));
         }
     }
 
@@ -280,7 +279,7 @@ impl<T: Brain> Product<'_, T> {
         // rows of the band.
         let few = band.len() <= ROWS;
         let depth = if few { self.depth } else { DEPTH };
-        let group = if few { panels.len().max(1) } else { 1 + 3 * usize::from(self.level.is_wide()) };
+        let group = if few { panels.len().max(1) } else { Bands::of(self.level).panels };
         for from in (0..self.depth).step_by(depth) {
             let inputs = from..self.depth.min(from + depth);
             for panel in panels.clone().step_by(group) {

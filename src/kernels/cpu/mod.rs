@@ -12,7 +12,7 @@ mod math;
 mod panels;
 mod pointwise;
 mod rope;
-mod scratch;
+pub(crate) mod scratch;
 mod span;
 mod target;
 mod threads;
@@ -42,6 +42,8 @@ pub(crate) struct CpuOps {
     level: Level,
     team: Arc<Team>,
     scratch: Arc<Scratch>,
+    /// What pages are made of.
+    pages: Arc<Scratch>,
     /// Positions whose softmax is computed at once.
     span: usize,
 }
@@ -62,7 +64,7 @@ impl CpuOps {
             AttnImplementation::Flash => attention::SPAN,
             AttnImplementation::Eager => usize::MAX,
         };
-        Self { dtype, level: Level::best(most), team, scratch: Arc::default(), span }
+        Self { dtype, level: Level::best(most), team, scratch: Scratch::new(), pages: Scratch::small(), span }
     }
 
     /// What it computes with, for people.
@@ -111,7 +113,7 @@ impl Ops for CpuOps {
     }
 
     fn store(&self, shape: StoreShape, room: Room) -> Result<Pages> {
-        Pages::new(shape, room)
+        Pages::new(shape, room, self.pages.clone())
     }
 
     fn embed(&self, table: &panels::Weight, ids: &[u32]) -> Result<Act> {
@@ -246,7 +248,7 @@ impl Ops for CpuOps {
 /// Operations of one level, on so many threads.
 #[cfg(test)]
 fn ops(level: Level, threads: usize) -> CpuOps {
-    CpuOps { dtype: DType::F32, level, team: Team::of(threads), scratch: Arc::default(), span: attention::SPAN }
+    CpuOps { dtype: DType::F32, team: Team::of(threads), level, ..CpuOps::new(DType::F32, Some(1), None, AttnImplementation::Flash) }
 }
 
 /// Values in -1..1 that look random.

@@ -114,15 +114,13 @@ impl Weight {
         let product = Product { level: ops.level, lines, sides: Sides { inputs: self.inputs, x, target } };
         // SAFETY: a block accesses the outputs that it is given.
         unsafe {
-            product.sides.target.fill(&ops.team, self.inputs, L::count(self.inputs) * size_of::<L>(), BANDS, |rows, panels| {
-                product.block(rows, panels);
-            });
+            let bytes = L::count(self.inputs) * size_of::<L>();
+            product.sides.target.fill(&ops.team, self.inputs, bytes, Bands::of(ops.level), |rows, panels| product.block(rows, panels));
         }
     }
 }
 
-/// Rows, then inputs, that stay in the second-level cache (96 * 640 values, 240 kB) while all panels pass by.
-const BANDS: Bands = Bands { most: 96, step: ROWS };
+/// Inputs of [`Bands::most`] rows that stay in the second-level cache (240 kB) while all panels pass by.
 const DEPTH: usize = 640;
 
 struct Product<'a, L> {
@@ -149,7 +147,7 @@ impl<L: Line> Product<'_, L> {
         // rows of the band.
         let few = band.len() <= ROWS;
         let depth = if few { inputs } else { inputs.div_ceil(inputs.div_ceil(DEPTH)).next_multiple_of(2) };
-        let group = if few { panels.len().max(1) } else { 1 + 3 * usize::from(level.is_wide()) };
+        let group = if few { panels.len().max(1) } else { Bands::of(level).panels };
         for from in (0..inputs).step_by(depth) {
             let depth = from..inputs.min(from + depth);
             for panel in panels.clone().step_by(group) {
@@ -202,7 +200,7 @@ impl<L: Line> Strip<'_, L> {
     fn run<const R: usize, const C: usize, const D: usize>(&self, level: Level, once: bool) {
         // Lines that are read once: where they come in one stream, or vectors are wide, the processor does not look far enough ahead.
         match once && (C == 1 || level.is_wide()) {
-            true => level.run(Columns::<L, R, C, D, 1024>(self)),
+            true => level.run(Columns::<L, R, C, D, 2048>(self)),
             false => level.run(Columns::<L, R, C, D, 0>(self)),
         }
     }

@@ -1,5 +1,5 @@
-//! Memory of activations, used again and again within a pass: fresh memory costs a page fault for every 4 kB. It begins at cache lines,
-//! by which matrix units read and write.
+//! Memory of activations, keys and values, used again and again: fresh memory costs a page fault for every 4 kB. It begins at cache
+//! lines, by which matrix units read and write.
 
 use super::line::{F32, LANES};
 use std::{
@@ -7,29 +7,52 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-/// Values that a spare may have to be kept beyond its pass: those of a decoding step.
-const KEPT: usize = 1 << 16;
+/// Lines that are kept while nothing is generated: 32 MB.
+const KEPT: usize = (32 << 20) / size_of::<F32>();
 
 /// Memory that nobody uses at the moment.
-#[derive(Debug, Default)]
-pub(crate) struct Scratch(Mutex<Vec<Vec<F32>>>);
+#[derive(Debug)]
+pub(crate) struct Scratch {
+    spares: Mutex<Vec<Vec<F32>>>,
+    /// Lines of all spares.
+    most: usize,
+}
 
 impl Scratch {
+    /// For activations: within a pass all memory is kept.
+    pub(super) fn new() -> Arc<Self> {
+        Arc::new(Self { spares: Mutex::default(), most: usize::MAX })
+    }
+
+    /// For keys and values, which live as long as a generation.
+    pub(crate) fn small() -> Arc<Self> {
+        Arc::new(Self { spares: Mutex::default(), most: KEPT })
+    }
+
     /// So many values, whatever they are.
-    pub(super) fn take(self: &Arc<Self>, len: usize) -> Buffer {
-        let mut spares = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(crate) fn take(self: &Arc<Self>, len: usize) -> Buffer {
+        let mut spares = self.spares.lock().unwrap_or_else(PoisonError::into_inner);
         let count = len.div_ceil(LANES);
         let fitting = spares.iter().enumerate().filter(|(_, spare)| spare.len() >= count).min_by_key(|(_, spare)| spare.len());
         let lines = match fitting.map(|(at, _)| at) {
             Some(at) => spares.swap_remove(at),
-            None => vec![F32([0.0; LANES]); count],
+            None => {
+                drop(spares);
+                vec![F32([0.0; LANES]); count]
+            }
         };
         Buffer { lines, len, home: self.clone() }
     }
 
-    /// Gives back what a long pass has needed.
+    /// Gives back most of what a long pass has needed.
     pub(super) fn shrink(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|spare| spare.len() <= KEPT / LANES);
+        let mut spares = self.spares.lock().unwrap_or_else(PoisonError::into_inner);
+        spares.sort_unstable_by_key(Vec::len);
+        let mut total = 0;
+        spares.retain(|spare| {
+            total += spare.len();
+            total <= KEPT
+        });
     }
 }
 
@@ -43,6 +66,14 @@ pub(crate) struct Buffer {
 }
 
 impl Buffer {
+    pub(crate) fn lines(&self) -> &[F32] {
+        &self.lines
+    }
+
+    pub(crate) fn lines_mut(&mut self) -> &mut [F32] {
+        &mut self.lines
+    }
+
     /// The same memory as twice as many values of 16 bits.
     pub(super) fn halves_mut(&mut self) -> &mut [u16] {
         // SAFETY: a line is 32 values of 16 bits, any bits are a number, and the alignment is more than enough; exclusive as `self` is.
@@ -76,7 +107,11 @@ impl Clone for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        self.home.0.lock().unwrap_or_else(PoisonError::into_inner).push(std::mem::take(&mut self.lines));
+        let mut spares = self.home.spares.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = || spares.iter().map(Vec::len).sum::<usize>();
+        if self.home.most == usize::MAX || kept() + self.lines.len() <= self.home.most {
+            spares.push(std::mem::take(&mut self.lines));
+        }
     }
 }
 
@@ -86,17 +121,29 @@ mod tests {
 
     #[test]
     fn memory_is_used_again() {
-        let scratch = Arc::new(Scratch::default());
-        let (small, large) = (scratch.take(10), scratch.take(KEPT + 1));
+        let scratch = Scratch::new();
+        let (small, large) = (scratch.take(10), scratch.take(100_000));
         let places = (small.as_ptr(), large.as_ptr());
-        assert_eq!(large[..], vec![0.0; KEPT + 1]);
+        assert_eq!(large[..], vec![0.0; 100_000]);
         drop((large, small));
         let (mut one, other) = (scratch.take(9), scratch.take(20));
         assert_eq!((one.as_ptr(), other.as_ptr()), places, "the smallest that fits");
         one.fill(3.0);
         assert_eq!((one.clone()[..].to_vec(), other.len()), (vec![3.0; 9], 20));
-        drop((one, other));
-        scratch.shrink();
-        assert_eq!(scratch.0.lock().unwrap().len(), 2, "a step's stay");
+    }
+
+    #[test]
+    fn what_is_kept_is_bounded() {
+        let count = |scratch: &Scratch| scratch.spares.lock().unwrap().len();
+        let half = KEPT / 2 * LANES;
+        let three = |scratch: &Arc<Scratch>| drop([half; 3].map(|len| scratch.take(len)));
+        let (pass, small) = (Scratch::new(), Scratch::small());
+        three(&pass);
+        three(&small);
+        assert_eq!((count(&pass), count(&small)), (3, 2));
+        pass.shrink();
+        assert_eq!(count(&pass), 2);
+        drop([5; 3].map(|len| small.take(len)));
+        assert_eq!(count(&small), 2, "no room for a third, however small");
     }
 }

@@ -1,11 +1,11 @@
-//! One span of an attention: scores, their softmax and the weighted sum of values, a few queries at a time.
+//! One span of an attention: scores, their softmax and the weighted sum of values, for all queries of a job.
 
 use super::{
-    attention::Job,
+    attention::{Job, Query},
     isa::{Isa, Level, Task},
     line::LANES,
     math,
-    tile::{ROWS, is_wide, multiply, tiled},
+    tile::{ROWS, Sums, Tiles, is_wide, multiply, tiled},
 };
 use crate::{cache::PAGE, kernels::Attention};
 use std::ops::Range;
@@ -16,68 +16,60 @@ pub(super) struct Work<'a> {
     pub start: usize,
     /// Positions, whole pages.
     pub len: usize,
+    /// All queries of the job, with what they see of the span.
+    pub queries: &'a [Query],
     /// `(queries, len)`: products, then weights.
     pub scores: &'a mut [f32],
     /// The outcome.
     pub part: &'a mut [f32],
 }
 
+/// Pages whose keys stay in the first-level cache while all queries pass by: 16 kB at a head of 64.
+const GROUP: usize = 4;
+
 impl Work<'_> {
     pub fn run(&mut self, level: Level) {
-        let count = self.job.queries();
-        let dims = self.job.dims();
+        let (count, dims) = (self.queries.len(), self.job.dims());
         for part in self.part.chunks_exact_mut(dims + 2) {
             part.fill(0.0);
             part[dims] = f32::NEG_INFINITY;
         }
-        let mut first = 0;
-        while first < count {
-            let rows = (count - first).min(ROWS);
-            tiled!(level, rows, self.score(level, first));
-            // What all of them see is summed together, what is left before and after alone: the order is the same.
-            let (mut start, mut end) = (0, self.len);
-            for i in first..first + rows {
-                level.run(Soften { work: self, i });
-                let seen = self.seen(i);
-                (start, end) = (start.max(seen.start), end.min(seen.end));
+        let strips = (0..count).step_by(ROWS).map(|first| (first, ROWS.min(count - first)));
+        // Few queries read everything once.
+        let (pages, panels) = (self.len / PAGE, dims / LANES);
+        let (group, together) = if self.is_read_once() { (pages, panels) } else { (GROUP, if level.is_wide() { 4 } else { 1 }) };
+        for page in (0..pages).step_by(group) {
+            for (first, rows) in strips.clone() {
+                tiled!(level, rows, self.score(level, first, page..pages.min(page + group)));
             }
-            end = end.max(start);
-            for i in first..first + rows {
-                let seen = self.seen(i);
-                tiled!(level, 1, self.sum(level, i, seen.start..seen.end.min(start)));
+        }
+        level.run(Soften(self));
+        for panel in (0..panels).step_by(together) {
+            for (first, rows) in strips.clone() {
+                tiled!(level, rows, self.sum(level, first, panel..panels.min(panel + together)));
             }
-            tiled!(level, rows, self.sum(level, first, start..end));
-            for i in first..first + rows {
-                let seen = self.seen(i);
-                tiled!(level, 1, self.sum(level, i, seen.start.max(end)..seen.end));
-            }
-            first += rows;
         }
     }
 
-    /// The positions that a query sees.
-    #[inline(always)]
-    fn seen(&self, i: usize) -> Range<usize> {
-        let Range { start, end } = self.job.query(i).seen;
-        start.clamp(self.start, self.start + self.len) - self.start..end.clamp(self.start, self.start + self.len) - self.start
+    fn is_read_once(&self) -> bool {
+        self.queries.len() <= ROWS
     }
 
-    /// The products of `R` queries with all pages that one of them sees, a page being a panel of 16 positions.
-    fn score<const R: usize, const C: usize, const D: usize>(&mut self, level: Level, first: usize) {
-        level.run(Score::<R, C> { work: self, first });
+    /// The products of `R` queries with those of the pages that one of them sees, a page being a panel of 16 positions.
+    fn score<const R: usize, const C: usize, const D: usize>(&mut self, level: Level, first: usize, pages: Range<usize>) {
+        level.run(Score::<R, C> { work: self, first, pages });
     }
 
-    /// Adds the values of `positions` to the rows of `R` queries, with their weights.
-    fn sum<const R: usize, const C: usize, const D: usize>(&mut self, level: Level, first: usize, positions: Range<usize>) {
-        if !positions.is_empty() {
-            level.run(Sum::<R, C> { work: self, first, positions });
-        }
+    /// The sums of `panels` of the values, with the weights of `R` queries.
+    fn sum<const R: usize, const C: usize, const D: usize>(&mut self, level: Level, first: usize, panels: Range<usize>) {
+        level.run(Sum::<R, C> { work: self, first, panels });
     }
 }
 
 struct Score<'a, 'b, const R: usize, const C: usize> {
     work: &'a mut Work<'b>,
     first: usize,
+    pages: Range<usize>,
 }
 
 impl<const R: usize, const C: usize> Task for Score<'_, '_, R, C> {
@@ -88,47 +80,26 @@ impl<const R: usize, const C: usize> Task for Score<'_, '_, R, C> {
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
         let (mut start, mut end) = (self.work.len, 0);
-        for i in self.first..self.first + R {
-            let seen = self.work.seen(i);
-            if !seen.is_empty() {
-                (start, end) = (start.min(seen.start), end.max(seen.end));
+        for query in &self.work.queries[self.first..self.first + R] {
+            if !query.seen.is_empty() {
+                (start, end) = (start.min(query.seen.start), end.max(query.seen.end));
             }
         }
-        let (mut page, end) = (start / PAGE, end.div_ceil(PAGE));
-        self.ask(isa, page..end.min(page + C));
-        while page + C <= end {
-            self.ask(isa, page + C..end.min(page + 2 * C));
-            self.pages::<I, C>(isa, page);
-            page += C;
-        }
-        while page < end {
-            self.pages::<I, 1>(isa, page);
-            page += 1;
-        }
+        self.pages = self.pages.start.max(start / PAGE)..self.pages.end.min(end.div_ceil(PAGE));
+        self.ask::<I, C>(isa, self.pages.start);
+        self.walk::<I, C, 1>(isa, self.pages.clone());
     }
 }
 
-impl<const R: usize, const C: usize> Score<'_, '_, R, C> {
-    /// Asks for the keys and values of pages where they are read once: pages lie anywhere, so the processor cannot look ahead.
+impl<const R: usize, const C: usize> Tiles for Score<'_, '_, R, C> {
     #[inline(always)]
-    fn ask<I: Isa>(&self, isa: I, pages: Range<usize>) {
-        let job = self.work.job;
-        if job.queries() <= ROWS {
-            for page in pages {
-                for line in job.row.store.page(self.work.start / PAGE + page).head(job.layer, job.head) {
-                    isa.prefetch((&raw const *line).cast());
-                }
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn pages<I: Isa, const N: usize>(&mut self, isa: I, page: usize) {
+    fn tile<I: Isa, const N: usize>(&mut self, isa: I, page: usize) {
+        self.ask::<I, N>(isa, page + N);
         let (work, first) = (&mut *self.work, self.first);
         let job = work.job;
-        let mut rows = [job.query(first).x; R];
+        let mut rows = [job.values_of(&work.queries[first]); R];
         for r in 1..R {
-            rows[r] = job.query(first + r).x;
+            rows[r] = job.values_of(&work.queries[first + r]);
         }
         let keys = |c| job.row.store.page(work.start / PAGE + page + c).keys(job.layer, job.head);
         let mut panels = [keys(0); N];
@@ -146,59 +117,78 @@ impl<const R: usize, const C: usize> Score<'_, '_, R, C> {
     }
 }
 
-/// Turns the scores of query `i`, whole pages of them, into weights `e^(score - max)`, 0 where it does not see; notes the largest
-/// score and the sum of the weights.
-struct Soften<'a, 'b> {
-    work: &'a mut Work<'b>,
-    i: usize,
+impl<const R: usize, const C: usize> Score<'_, '_, R, C> {
+    /// Asks for the keys and values of `N` pages where they are read once: pages lie anywhere, so the processor cannot look ahead.
+    #[inline(always)]
+    fn ask<I: Isa, const N: usize>(&self, isa: I, page: usize) {
+        let Work { job, start, .. } = *self.work;
+        if self.work.is_read_once() {
+            for page in page..self.pages.end.min(page + N) {
+                for line in job.row.store.page(start / PAGE + page).head(job.layer, job.head) {
+                    isa.prefetch((&raw const *line).cast());
+                }
+            }
+        }
+    }
 }
+
+/// Turns the scores of all queries, whole pages of them, into weights `e^(score - max)`, 0 where they do not see; notes the largest
+/// score and the sum of the weights.
+struct Soften<'a, 'b>(&'a mut Work<'b>);
 
 impl Task for Soften<'_, '_> {
     type Out = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, _: I) {
-        let Self { work, i } = self;
-        let Range { start, end } = work.seen(i);
-        if start >= end {
-            return;
-        }
-        // Whole pages, so that a position is always in the same lane.
-        let first = start / PAGE * PAGE;
-        let scores = &mut work.scores[i * work.len..][first..end.next_multiple_of(PAGE)];
+        let Self(work) = self;
         let Attention { scale, softcap, .. } = *work.job.attention;
-        for score in scores.iter_mut() {
-            *score *= scale;
-        }
-        if let Some(cap) = softcap {
-            for score in scores.iter_mut() {
-                *score = cap * math::tanh(*score / cap);
-            }
-        }
-        work.job.query(i).bias.add(scores, work.start + first);
-        // Also hides what an unwritten or later position holds.
-        scores[..start - first].fill(f32::NEG_INFINITY);
-        scores[end - first..].fill(f32::NEG_INFINITY);
-        let mut lanes = [f32::NEG_INFINITY; LANES];
-        for line in scores.as_chunks::<LANES>().0 {
-            for (lane, &score) in lanes.iter_mut().zip(line) {
-                *lane = if score > *lane { score } else { *lane };
-            }
-        }
-        let max = math::fold(lanes, |a, b| if b > a { b } else { a });
-        for score in scores.iter_mut() {
-            *score = math::exp(*score - max);
-        }
         let (dims, stride) = (work.job.dims(), work.job.stride());
-        work.part[i * stride + dims] = max;
-        work.part[i * stride + dims + 1] = math::sum(scores, |score, sum| sum + score);
+        for (i, query) in work.queries.iter().enumerate() {
+            let Range { start, end } = query.seen;
+            if start >= end {
+                continue;
+            }
+            // Whole pages, so that a position is always in the same lane.
+            let first = start / PAGE * PAGE;
+            let scores = &mut work.scores[i * work.len..][first..end.next_multiple_of(PAGE)];
+            for score in scores.iter_mut() {
+                *score *= scale;
+            }
+            if let Some(cap) = softcap {
+                for score in scores.iter_mut() {
+                    *score = cap * math::tanh(*score / cap);
+                }
+            }
+            work.job.bias(i).add(scores, work.start + first);
+            // Also hides what an unwritten or later position holds.
+            scores[..start - first].fill(f32::NEG_INFINITY);
+            scores[end - first..].fill(f32::NEG_INFINITY);
+            let lines = scores.as_chunks_mut::<LANES>().0;
+            let mut lanes = [f32::NEG_INFINITY; LANES];
+            for line in &*lines {
+                for (lane, &score) in lanes.iter_mut().zip(line) {
+                    *lane = if score > *lane { score } else { *lane };
+                }
+            }
+            let max = math::fold(lanes, |a, b| if b > a { b } else { a });
+            let mut lanes = [0.0; LANES];
+            for line in lines {
+                for (lane, score) in lanes.iter_mut().zip(line) {
+                    *score = math::exp(*score - max);
+                    *lane += *score;
+                }
+            }
+            work.part[i * stride + dims] = max;
+            work.part[i * stride + dims + 1] = math::fold(lanes, |a, b| a + b);
+        }
     }
 }
 
 struct Sum<'a, 'b, const R: usize, const C: usize> {
     work: &'a mut Work<'b>,
     first: usize,
-    positions: Range<usize>,
+    panels: Range<usize>,
 }
 
 impl<const R: usize, const C: usize> Task for Sum<'_, '_, R, C> {
@@ -208,23 +198,37 @@ impl<const R: usize, const C: usize> Task for Sum<'_, '_, R, C> {
 
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
-        let (mut panel, end) = (0, self.work.job.dims() / LANES);
-        while panel + C <= end {
-            self.panels::<I, C>(isa, panel);
-            panel += C;
+        self.walk::<I, C, 1>(isa, self.panels.clone());
+    }
+}
+
+impl<const R: usize, const C: usize> Tiles for Sum<'_, '_, R, C> {
+    #[inline(always)]
+    fn tile<I: Isa, const N: usize>(&mut self, isa: I, panel: usize) {
+        let (mut start, mut end) = (0, self.work.len);
+        for query in &self.work.queries[self.first..self.first + R] {
+            (start, end) = (start.max(query.seen.start), end.min(query.seen.end));
         }
-        while panel < end {
-            self.panels::<I, 1>(isa, panel);
-            panel += 1;
+        end = end.max(start);
+        // What all of them see is summed together, what is left before and after alone: the order is the same.
+        for r in 0..R {
+            let Range { start: from, end: to } = self.work.queries[self.first + r].seen;
+            self.alone::<I, N>(isa, r, panel, from..to.min(start));
+        }
+        self.together::<I, N>(isa, panel, start..end);
+        for r in 0..R {
+            let Range { start: from, end: to } = self.work.queries[self.first + r].seen;
+            self.alone::<I, N>(isa, r, panel, from.max(end)..to);
         }
     }
 }
 
 impl<const R: usize, const C: usize> Sum<'_, '_, R, C> {
+    /// Adds the values of `positions` to the rows of all queries.
     #[inline(always)]
-    fn panels<I: Isa, const N: usize>(&mut self, isa: I, panel: usize) {
-        let (work, first, positions) = (&mut *self.work, self.first, &self.positions);
-        let (job, stride) = (work.job, work.job.stride());
+    fn together<I: Isa, const N: usize>(&mut self, isa: I, panel: usize, positions: Range<usize>) {
+        let (work, first) = (&mut *self.work, self.first);
+        let stride = work.job.stride();
         let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
         for r in 0..R {
             let from = work.part[(first + r) * stride + panel * LANES..][..N * LANES].as_chunks().0;
@@ -232,26 +236,61 @@ impl<const R: usize, const C: usize> Sum<'_, '_, R, C> {
                 sums[r][c] = isa.load(&from[c]);
             }
         }
-        let mut at = positions.start;
-        while at < positions.end {
-            let page = job.row.store.page((work.start + at) / PAGE);
-            let count = (PAGE - at % PAGE).min(positions.end - at);
-            let mut rows = [&[][..]; R];
-            for r in 0..R {
-                rows[r] = &work.scores[(first + r) * work.len + at..][..count];
+        let Range { start: mut at, end } = positions;
+        while at < end {
+            // Of a whole page the compiler knows how long it is.
+            let count = (PAGE - at % PAGE).min(end - at);
+            if count == PAGE {
+                Self::page::<I, N>(isa, work, first, panel, at, PAGE, &mut sums);
+            } else {
+                Self::page::<I, N>(isa, work, first, panel, at, count, &mut sums);
             }
-            let values = |c| &page.values(job.layer, job.head, panel + c)[at % PAGE..][..count];
-            let mut panels = [values(0); N];
-            for c in 1..N {
-                panels[c] = values(c);
-            }
-            multiply::<I, _, R, N, 0>(isa, rows, panels, &mut sums);
             at += count;
         }
         for r in 0..R {
             let to = work.part[(first + r) * stride + panel * LANES..][..N * LANES].as_chunks_mut().0;
             for c in 0..N {
                 isa.store(sums[r][c], &mut to[c]);
+            }
+        }
+    }
+
+    /// Adds the values of `count` positions of a page.
+    #[inline(always)]
+    fn page<I: Isa, const N: usize>(
+        isa: I,
+        work: &Work<'_>,
+        first: usize,
+        panel: usize,
+        at: usize,
+        count: usize,
+        sums: &mut Sums<I, R, N>,
+    ) {
+        let job = work.job;
+        let page = job.row.store.page((work.start + at) / PAGE);
+        let mut rows = [&[][..]; R];
+        for r in 0..R {
+            rows[r] = &work.scores[(first + r) * work.len + at..][..count];
+        }
+        let values = |c| &page.values(job.layer, job.head, panel + c)[at % PAGE..][..count];
+        let mut panels = [values(0); N];
+        for c in 1..N {
+            panels[c] = values(c);
+        }
+        multiply::<I, _, R, N, 0>(isa, rows, panels, sums);
+    }
+
+    /// Adds the values of `positions` to the row of query `r`.
+    #[inline(always)]
+    fn alone<I: Isa, const N: usize>(&mut self, isa: I, r: usize, panel: usize, positions: Range<usize>) {
+        let (work, i) = (&mut *self.work, self.first + r);
+        let (job, stride) = (work.job, work.job.stride());
+        for at in positions {
+            let (page, weight) = (job.row.store.page((work.start + at) / PAGE), work.scores[i * work.len + at]);
+            let sums = work.part[i * stride + panel * LANES..][..N * LANES].as_chunks_mut().0;
+            for c in 0..N {
+                let value = isa.load(&page.values(job.layer, job.head, panel + c)[at % PAGE].0);
+                isa.store(isa.mul_add(value, weight, isa.load(&sums[c])), &mut sums[c]);
             }
         }
     }

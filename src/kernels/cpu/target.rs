@@ -1,7 +1,7 @@
 //! Where a product goes: its outputs, cut into pieces for the threads, and what is added to them at the end.
 
 use super::{
-    isa::Isa,
+    isa::{Isa, Level},
     line::LANES,
     threads::{Shares, Team, part},
     tile::ROWS,
@@ -18,10 +18,21 @@ pub(super) struct Target<'a> {
     onto: Option<Shares<'a, f32>>,
 }
 
-/// Rows that are computed together: at most so many, in steps of so many.
+/// How outputs are cut.
 pub(super) struct Bands {
+    /// Rows that are computed together, at most.
     pub most: usize,
+    /// Rows of a tile.
     pub step: usize,
+    /// Panels of a tile.
+    pub panels: usize,
+}
+
+impl Bands {
+    /// For products by vectors of many rows.
+    pub(super) fn of(level: Level) -> Self {
+        Self { most: 96, step: ROWS, panels: if level.is_wide() { 4 } else { 1 } }
+    }
 }
 
 impl<'a> Target<'a> {
@@ -46,13 +57,17 @@ impl<'a> Target<'a> {
         let band = rows.div_ceil(count).next_multiple_of(bands.step);
         let wanted = match team.worth(self.width * inputs * rows) {
             1 => 1,
-            // Some more pieces than threads, which are not equally fast; but long ones, as memory is read best in long streams.
-            threads => threads * (panels * bytes / (threads * STREAM)).clamp(if rows > ROWS { 4 } else { 1 }, 4),
+            // Some more pieces than threads, which are not equally fast.
+            threads if rows > ROWS => threads * 8,
+            // But long ones, as memory is read best in long streams.
+            threads => threads * (panels * bytes / (threads * STREAM)).clamp(1, 4),
         };
-        let chunks = wanted.div_ceil(count).min(panels.max(1));
+        // Few rows take panels otherwise, and what is left of them costs little.
+        let step = if rows > ROWS { bands.panels } else { 2 };
+        let chunks = wanted.div_ceil(count).min(panels.div_ceil(step).max(1));
         team.run(count * chunks, |i| {
             let (at, chunk) = (i / chunks * band, i % chunks);
-            let (rows, panels) = (at.min(rows)..rows.min(at + band), part(panels, 2, chunks, chunk));
+            let (rows, panels) = (at.min(rows)..rows.min(at + band), part(panels, step, chunks, chunk));
             f(rows.clone(), panels.clone());
             // SAFETY: bands and parts of the panels do not overlap, so nobody else has these outputs.
             unsafe { self.finish(rows, panels) };

@@ -110,7 +110,7 @@ macro_rules! tiled {
         match ($level.is_wide(), $rows) {
             (false, 1) => $self.$f::<1, 4, 2>($($argument),*),
             (false, 2) => $self.$f::<2, 2, 1>($($argument),*),
-            (false, 3) => $self.$f::<3, 1, 1>($($argument),*),
+            (false, 3) => $self.$f::<3, 2, 1>($($argument),*),
             (false, 4) => $self.$f::<4, 1, 1>($($argument),*),
             (false, 5) => $self.$f::<5, 1, 1>($($argument),*),
             (false, _) => $self.$f::<6, 1, 1>($($argument),*),
