@@ -17,8 +17,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long a thread spins for what comes next before it sleeps: about twice what waking costs.
+/// How long who has the team spins for the others before it sleeps: about twice what waking costs.
 const SPIN: Duration = Duration::from_micros(50);
+
+/// How long the others spin for what comes next: longer than a token takes to be chosen greedily.
+const REST: Duration = Duration::from_micros(200);
 
 /// Multiply-adds that a piece should have at least: handing over costs some tenths of a microsecond.
 const GRAIN: usize = 1 << 13;
@@ -224,7 +227,7 @@ impl Shared {
             self.call();
         }
         while self.take() {}
-        if !spin(|| self.left.0.load(Acquire) == 0) {
+        if !spin(SPIN, || self.left.0.load(Acquire) == 0) {
             let mut calls = lock(&self.calls);
             self.waiting.store(true, SeqCst);
             while self.left.0.load(SeqCst) > 0 {
@@ -260,7 +263,7 @@ impl Shared {
     /// What a worker does all its life.
     fn serve(&self) {
         while !self.ending.load(SeqCst) {
-            if !self.take() && !spin(|| self.open.0.load(Relaxed) > 0) {
+            if !self.take() && !spin(REST, || self.open.0.load(Relaxed) > 0) {
                 let mut calls = lock(&self.calls);
                 let heard = *calls;
                 self.asleep.fetch_add(1, SeqCst);
@@ -280,7 +283,7 @@ impl Shared {
 }
 
 /// Spins until something is so; false if that takes longer than is good for others on the processor.
-fn spin(so: impl Fn() -> bool) -> bool {
+fn spin(most: Duration, so: impl Fn() -> bool) -> bool {
     let mut start = None;
     loop {
         for _ in 0..64 {
@@ -289,7 +292,7 @@ fn spin(so: impl Fn() -> bool) -> bool {
             }
             std::hint::spin_loop();
         }
-        if start.get_or_insert_with(Instant::now).elapsed() > SPIN {
+        if start.get_or_insert_with(Instant::now).elapsed() > most {
             return false;
         }
     }
@@ -369,7 +372,7 @@ mod tests {
     fn sleepers_wake() {
         let team = Team::new(3);
         for _ in 0..20 {
-            thread::sleep(4 * SPIN);
+            thread::sleep(4 * REST);
             let others = AtomicU64::new(0);
             let own = thread::current().id();
             // Whoever is first waits for another.
