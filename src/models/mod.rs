@@ -107,7 +107,7 @@ fn build(spec: &DecoderSpec, weights: &Weights, dtype: DType, options: &LoadOpti
     let (shape, progress) = (spec.shape(), progress.as_ref());
     let info = ModelInfo { device: device.clone(), dtype, ..ModelInfo::new(spec.family, spec.vocab) };
     Ok(match (device, dtype, kernels) {
-        (Device::Cpu, DType::F32 | DType::BF16, Kernels::Auto) => {
+        (Device::Cpu, _, Kernels::Auto) => {
             let attention = options.attn_implementation.unwrap_or(AttnImplementation::Flash);
             let ops = CpuOps::new(dtype, options.threads, options.instructions, attention);
             let info = ModelInfo { page: PAGE, position_bytes: Pages::position_bytes(shape), operations: ops.describe(), ..info };

@@ -2,7 +2,7 @@
 //!
 //! Suites run on the CPU in f32 with all instructions that it has. `CANDLE_GENERATE_INSTRUCTIONS=avx2` (or portable, avx512, avx512bf16,
 //! amx) has them use no more. `CANDLE_GENERATE_DEVICE=cuda:0` and `CANDLE_GENERATE_DTYPE=bf16` (or f16) have them run elsewhere.
-//! On a GPU and in f16 laws hold up to rounding only.
+//! On a GPU laws hold up to rounding only.
 #![allow(dead_code, clippy::unwrap_used, clippy::panic)]
 
 use candle_generate::{
@@ -61,7 +61,7 @@ pub fn dtype() -> DType {
 
 /// Whether the arithmetic's results have the same bits in any company.
 pub fn exact() -> bool {
-    place().is_cpu() && dtype() != DType::F16
+    place().is_cpu()
 }
 
 /// Whether sums go in the order of AVX-512 BF16, which other instructions do not share.

@@ -37,7 +37,7 @@ use threads::Team;
 /// The operations on this processor.
 #[derive(Debug, Clone)]
 pub(crate) struct CpuOps {
-    /// F32 or BF16: what matrix products multiply. Everything else is computed in f32.
+    /// What weights are held in (F32: what the file has), and for BF16 what products multiply. Everything else is computed in f32.
     dtype: DType,
     level: Level,
     team: Arc<Team>,
@@ -56,7 +56,7 @@ pub(crate) struct Act {
 }
 
 impl CpuOps {
-    /// In f32 or bf16 arithmetic, on so many threads, by default as many as there are cores, and with the best instructions of this
+    /// In f32, bf16 or f16 arithmetic, on so many threads, by default as many as there are cores, and with the best instructions of this
     /// processor up to `most`.
     pub(crate) fn new(dtype: DType, threads: Option<usize>, most: Option<Instructions>, attention: AttnImplementation) -> Self {
         let team = Team::of(threads.unwrap_or_else(threads::cores));

@@ -33,8 +33,8 @@ enum Panels {
 const SLAB: usize = 8 << 20;
 
 impl Weight {
-    /// Packs `parts`, stacked along their outputs, in their own type, or in f32 if they differ; for bf16 arithmetic in bf16. Tells `done`
-    /// which bytes are not needed any more.
+    /// Packs `parts`, stacked along their outputs, in their own type, or in f32 if they differ; for arithmetic in half precision in its
+    /// type. Tells `done` which bytes are not needed any more.
     pub(super) fn pack(team: &Team, parts: &[Matrix<'_>], bias: Option<&[f32]>, dtype: DType, done: &dyn Fn(&[u8])) -> Result<Self> {
         let Some(first) = parts.first() else { return Err(Error::Msg("a weight needs at least one matrix".into()).into()) };
         let inputs = first.inputs;
@@ -50,6 +50,8 @@ impl Weight {
         let same = parts.iter().all(|part| part.dtype == first.dtype);
         let panels = match if same { first.dtype } else { DType::F32 } {
             _ if dtype == DType::BF16 => Panels::Bf16(lines(team, parts, outputs, inputs, brains::flush, done)?),
+            // HF: the reference rounds the result of each operation to f16. Here weights are, and everything else is f32.
+            _ if dtype == DType::F16 => Panels::F16(lines(team, parts, outputs, inputs, |_| (), done)?),
             DType::BF16 => Panels::Bf16(lines(team, parts, outputs, inputs, |_| (), done)?),
             DType::F16 => Panels::F16(lines(team, parts, outputs, inputs, |_| (), done)?),
             _ => Panels::F32(lines(team, parts, outputs, inputs, |_| (), done)?),
@@ -484,6 +486,21 @@ mod tests {
                     let sum: f32 = x.iter().zip(w).map(|(&x, &w)| bf16::from_f32(x).to_f32() * w).sum();
                     assert!((onto - (there[i] + bias[i % 100] + sum)).abs() < 1e-4, "{dtype:?}, {rows} rows");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn f16_arithmetic_packs_f16_of_every_file() {
+        let x = noise(7 * 70, 3);
+        for dtype in DTYPES {
+            let source = Source::new(dtype, 100, 70);
+            let weight = Weight::pack(&Team::of(2), &[source.matrix()], None, DType::F16, &|_| ()).unwrap();
+            assert_eq!(weight.bytes(), 112 * 70 * 2);
+            for (i, y) in best(&weight, &x).into_iter().enumerate() {
+                let (x, w) = (&x[i / 100 * 70..][..70], &source.values[i % 100 * 70..][..70]);
+                let sum = x.iter().zip(w).fold(0.0, |sum: f32, (&x, &w)| f16::from_f32(w).to_f32().mul_add(x, sum));
+                assert!(y == sum, "{dtype:?}");
             }
         }
     }
