@@ -563,6 +563,20 @@ mod tests {
     }
 
     #[test]
+    fn what_memory_held_before_does_not_matter() {
+        for (case, count) in cases() {
+            let (tokens, memory) = (case.tokens(count, 8), Scratch::small());
+            let Attention { kv_heads, head_dim, .. } = case.attention;
+            let shape = StoreShape { layers: 2, kv_heads, head_dim };
+            let mut used = [0; 40].map(|_| memory.take(2 * kv_heads * 2 * head_dim.next_multiple_of(LANES) * PAGE));
+            used.iter_mut().for_each(|used| used.fill(f32::NAN));
+            drop(used);
+            let mut store = Pages::new(shape, Room::Grow, memory).unwrap();
+            assert!(case.pass(&mut [(&tokens, &mut store)]) == case.feed(&tokens, &[count]), "{:?}", case.attention);
+        }
+    }
+
+    #[test]
     fn a_later_token_does_not_touch_an_earlier_one() {
         let case = Case::new(2, 1, 4, 2);
         let mut tokens = case.tokens(10, 8);
