@@ -181,7 +181,7 @@ impl Job<'_> {
         self.attention.heads / self.attention.kv_heads
     }
 
-    pub fn queries(&self) -> usize {
+    fn queries(&self) -> usize {
         self.tokens.len() * self.group()
     }
 
@@ -560,6 +560,19 @@ mod tests {
         assert_eq!(case.feed(&tokens, &[4]), [1.0; 16]);
         let low = [token(-1e15, 1.0), token(-1e15, 3.0)].concat();
         assert_eq!(case.feed(&low, &[2]), [1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0]);
+    }
+
+    #[test]
+    fn nothing_to_see_is_no_panic() {
+        let mut case = Case::new(6, 2, 20, 0);
+        case.attention.sight = Sight::Full;
+        let (ops, store) = (ops(case.level, 2), case.store());
+        for count in [1, 40] {
+            let mut queries = ops.act(count, 120);
+            queries.data.fill(1.0);
+            let y = ops.cross(&case.attention, 1, &queries, &[Span { first: 0, count, store: &store }]).unwrap();
+            assert!(y.data.len() == count * 120 && y.data.iter().all(|y| y.is_nan()));
+        }
     }
 
     #[test]

@@ -14,7 +14,7 @@ const KEPT: usize = (32 << 20) / size_of::<F32>();
 #[derive(Debug)]
 pub(crate) struct Scratch {
     spares: Mutex<Vec<Vec<F32>>>,
-    /// Lines of all spares.
+    /// Lines of all spares, at most.
     most: usize,
 }
 
@@ -108,8 +108,8 @@ impl Clone for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let mut spares = self.home.spares.lock().unwrap_or_else(PoisonError::into_inner);
-        let kept = || spares.iter().map(Vec::len).sum::<usize>();
-        if self.home.most == usize::MAX || kept() + self.lines.len() <= self.home.most {
+        let kept: usize = spares.iter().map(Vec::len).sum();
+        if kept + self.lines.len() <= self.home.most {
             spares.push(std::mem::take(&mut self.lines));
         }
     }

@@ -38,7 +38,7 @@ impl Work<'_> {
         // Few queries read everything once.
         let (pages, panels) = (self.len / PAGE, dims / LANES);
         let (group, together) = if self.is_read_once() { (pages, panels) } else { (GROUP, if level.is_wide() { 4 } else { 1 }) };
-        for page in (0..pages).step_by(group) {
+        for page in (0..pages).step_by(group.max(1)) {
             for (first, rows) in strips.clone() {
                 tiled!(level, rows, self.score(level, first, page..pages.min(page + group)));
             }
