@@ -21,6 +21,12 @@ pub trait Model: Send + Sync {
     /// # Errors
     /// [`Error::Unsupported`] where the model cannot give what is wanted; the caches are as they were then.
     fn forward(&self, rows: &mut [Feed<'_>], want: Want<'_>) -> Result<Forward>;
+
+    /// `work(0)`, `work(1)`, ... `work(count - 1)`, each once and in any order: what is left to do for each row between passes. A model
+    /// with threads of its own shares it out among them. `work` uses no model.
+    fn spread(&self, count: usize, work: &(dyn Fn(usize) + Sync)) {
+        (0..count).for_each(work);
+    }
 }
 
 impl std::fmt::Debug for dyn Model {

@@ -109,4 +109,8 @@ impl Model for Timed {
         self.forward.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
         result
     }
+
+    fn spread(&self, count: usize, work: &(dyn Fn(usize) + Sync)) {
+        self.model.spread(count, work);
+    }
 }

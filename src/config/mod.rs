@@ -380,6 +380,13 @@ impl GenerationConfig {
     }
 }
 
+impl GenerationConfig {
+    /// Whether code of the user's runs within a step.
+    pub(crate) fn runs_code(&self) -> bool {
+        !(self.logits_processors.is_empty() && self.stopping_criteria.is_empty() && self.prefix_allowed_tokens_fn.is_none())
+    }
+}
+
 impl fmt::Debug for GenerationConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut map = f.debug_map();

@@ -8,6 +8,9 @@ pub(crate) mod cpu;
 mod route;
 
 pub use cpu::Instructions;
+#[cfg(test)]
+pub(crate) use cpu::by_all_vectors;
+pub(crate) use cpu::{Loop, by_vectors};
 pub(crate) use route::Picks;
 
 use crate::{
@@ -34,6 +37,11 @@ pub(crate) trait Ops: Send + Sync + 'static {
     /// Runs a whole pass of operations where they have their threads at hand. Operations work outside of it too, only slower.
     fn pass<R: Send>(&self, work: impl FnOnce() -> Result<R> + Send) -> Result<R> {
         work()
+    }
+
+    /// `work(0)`, `work(1)`, ... for `count` pieces, in any order, on threads if there are some.
+    fn spread(&self, count: usize, work: &(dyn Fn(usize) + Sync)) {
+        (0..count).for_each(work);
     }
 
     /// Packs `parts`, stacked along their outputs, as one weight; `bias` has one value per output. `done` is told which bytes of the

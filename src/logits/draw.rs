@@ -3,6 +3,7 @@
 use super::{
     pick::{row_seed, sample, uniform},
     rank,
+    scan::Peaks,
     softmax::Softmax,
 };
 
@@ -77,7 +78,7 @@ fn exclude(scores: &mut [f32], threshold: f32) {
     let Some(row) = Softmax::of(scores) else { return };
     let likely = |score: f32| row.probability(score) >= threshold;
     // At least this likely is more likely than the next number below.
-    let mut keys = rank::above(scores, row.score(f64::from(threshold)).next_down().next_down(), |score| -score);
+    let mut keys = rank::above(scores, &Peaks::of(scores), row.score(f64::from(threshold)).next_down().next_down(), |score| -score);
     keys.retain(|&key| likely(scores[rank::id(key)]));
     let Some(&least) = keys.iter().max() else { return };
     for key in keys.into_iter().filter(|&key| key != least) {

@@ -2,7 +2,8 @@
 
 use super::{
     rank,
-    softmax::{BLOCK, Softmax, exp, max, total},
+    scan::{self, Peaks, exp},
+    softmax::Softmax,
 };
 use rand_chacha::{
     ChaCha8Rng,
@@ -11,11 +12,11 @@ use rand_chacha::{
 
 /// The index of the largest score; the first of equals, and never NaN. `None` if no score is above negative infinity.
 pub fn argmax(scores: &[f32]) -> Option<u32> {
-    let max = max(scores);
-    if max == f32::NEG_INFINITY {
-        return None;
-    }
-    scores.iter().position(|&score| score == max).map(|id| id as u32)
+    let peaks = Peaks::of(scores);
+    let max = peaks.max();
+    // The first block that has a score above all that are below the maximum has the maximum.
+    let (from, block) = peaks.above(scores, max.next_down()).next()?;
+    block.iter().position(|&score| score == max).map(|offset| (from + offset) as u32)
 }
 
 /// The `n` largest scores and their indices, best first and of equals the lower index first; NaN and negative infinity
@@ -35,23 +36,24 @@ pub fn likely(scores: &[f32], n: usize) -> Vec<(u32, f32)> {
 /// An index drawn with probability softmax(`scores`), by inverting the cumulative distribution at `u` in `[0, 1)`, in
 /// index order. Positive infinity wins, NaN never. `None` if no score is above negative infinity.
 pub fn sample(scores: &[f32], u: f64) -> Option<u32> {
-    let max = max(scores);
+    let peaks = Peaks::of(scores);
+    let max = peaks.max();
     if max.is_infinite() {
         return argmax(scores);
     }
     let weight = |score: f32| exp(score - max);
-    let goal = u * total(scores, weight);
+    let masses = peaks.masses(scores, max);
+    let goal = u * masses.iter().sum::<f64>();
     let mut below = 0.0;
-    for (block, chunk) in scores.chunks(BLOCK).enumerate() {
-        let mass = total(chunk, weight);
+    for ((from, block), mass) in scan::blocks(scores).zip(masses) {
         if below + mass <= goal {
             below += mass;
             continue;
         }
-        for (offset, &score) in chunk.iter().enumerate() {
+        for (offset, &score) in block.iter().enumerate() {
             below += f64::from(weight(score));
             if below > goal {
-                return Some((block * BLOCK + offset) as u32);
+                return Some((from + offset) as u32);
             }
         }
     }
@@ -114,8 +116,9 @@ pub fn row_seed(seed: u64, row: u64) -> u64 {
 
 /// The natural logarithm of the sum of exponentials, added up in f64; NaN counts as negative infinity.
 pub fn log_sum_exp(scores: &[f32]) -> f64 {
-    let max = max(scores);
-    if max.is_infinite() { f64::from(max) } else { f64::from(max) + total(scores, |score| exp(score - max)).ln() }
+    let peaks = Peaks::of(scores);
+    let max = peaks.max();
+    if max.is_infinite() { f64::from(max) } else { f64::from(max) + peaks.masses(scores, max).iter().sum::<f64>().ln() }
 }
 
 #[cfg(test)]

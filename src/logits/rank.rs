@@ -3,7 +3,7 @@
 //! Tokens are handled as `u64` keys, rank above id, so that one integer comparison orders them: the smallest key is the
 //! best, and of equals the lower id. // HF: torch's sort and topk leave the order of equals open.
 
-use super::softmax::{BLOCK, any_above};
+use super::scan::Peaks;
 
 /// The key of a token; lower ranks are better.
 fn key(rank: f32, id: usize) -> u64 {
@@ -25,44 +25,29 @@ pub(super) fn id(key: u64) -> usize {
 
 /// The keys of the `n` largest scores in no order, ranked by `-score`; fewer if fewer are above negative infinity.
 pub(super) fn largest(scores: &[f32], n: usize) -> Vec<u64> {
-    let n = n.min(scores.len());
-    let full = (n + n.max(BLOCK)).min(scores.len());
-    let (mut keys, mut floor) = (Vec::with_capacity(full), f32::NEG_INFINITY);
-    if n == 0 {
-        return keys;
-    }
-    for (block, chunk) in scores.chunks(BLOCK).enumerate() {
-        if !any_above(chunk, floor) {
-            continue;
-        }
-        for (offset, &score) in chunk.iter().enumerate() {
-            if score > floor {
-                keys.push(key(-score, block * BLOCK + offset));
-                if keys.len() == full && full > n {
-                    let (_, worst, _) = keys.select_nth_unstable(n - 1);
-                    floor = -rank(*worst);
-                    keys.truncate(n);
-                }
-            }
-        }
-    }
+    best(scores, &Peaks::of(scores), n)
+}
+
+fn best(scores: &[f32], peaks: &Peaks, n: usize) -> Vec<u64> {
+    // The n largest are at least as large as the n largest peaks, and few others are.
+    let mut keys = above(scores, peaks, peaks.nth(n).next_down(), |score| -score);
     first(&mut keys, n);
     keys.truncate(n);
     keys
 }
 
 /// The `n`-th largest score; negative infinity if fewer are above it.
-pub(super) fn nth(scores: &[f32], n: usize) -> f32 {
-    let keys = largest(scores, n);
+pub(super) fn nth(scores: &[f32], peaks: &Peaks, n: usize) -> f32 {
+    let keys = best(scores, peaks, n);
     if keys.len() < n { f32::NEG_INFINITY } else { keys.into_iter().max().map_or(f32::NEG_INFINITY, |worst| -rank(worst)) }
 }
 
 /// The keys of all scores above `cutoff`, ranked by `by`.
-pub(super) fn above(scores: &[f32], cutoff: f32, by: impl Fn(f32) -> f32) -> Vec<u64> {
+pub(super) fn above(scores: &[f32], peaks: &Peaks, cutoff: f32, by: impl Fn(f32) -> f32) -> Vec<u64> {
     let mut keys = Vec::new();
-    for (block, chunk) in scores.chunks(BLOCK).enumerate().filter(|(_, chunk)| any_above(chunk, cutoff)) {
-        let tokens = chunk.iter().enumerate().filter(|&(_, &score)| score > cutoff);
-        keys.extend(tokens.map(|(offset, &score)| key(by(score), block * BLOCK + offset)));
+    for (from, block) in peaks.above(scores, cutoff) {
+        let tokens = block.iter().enumerate().filter(|&(_, &score)| score > cutoff);
+        keys.extend(tokens.map(|(offset, &score)| key(by(score), from + offset)));
     }
     keys
 }
@@ -122,8 +107,9 @@ mod tests {
             assert_eq!(keys, sorted, "{len} {n} {levels}");
         }
         assert!(largest(&[f32::NEG_INFINITY, f32::NAN], 2).is_empty());
-        assert_eq!(nth(&[1.0, f32::NAN, 3.0, 2.0], 2), 2.0);
-        assert_eq!(nth(&[1.0, f32::NEG_INFINITY], 2), f32::NEG_INFINITY);
+        let nth = |scores: &[f32]| nth(scores, &Peaks::of(scores), 2);
+        assert_eq!(nth(&[1.0, f32::NAN, 3.0, 2.0]), 2.0);
+        assert_eq!(nth(&[1.0, f32::NEG_INFINITY]), f32::NEG_INFINITY);
     }
 
     #[test]
@@ -132,7 +118,7 @@ mod tests {
         let order = [0, 2, 4, 1, 3];
         for (goal, index) in [(0.0, 0), (5.0, 0), (5.5, 1), (8.0, 1), (10.0, 2), (11.0, 3), (12.0, 4), (12.5, 5)] {
             for before in [0.0, 2.0] {
-                let mut keys = above(&weights, f32::NEG_INFINITY, |weight| -weight);
+                let mut keys = above(&weights, &Peaks::of(&weights), f32::NEG_INFINITY, |weight| -weight);
                 assert_eq!(reach(&mut keys, before, |key| -rank(key), |mass| mass >= goal + before), index, "{goal}");
                 let mut ids: Vec<usize> = keys[..index].iter().map(|&key| id(key)).collect();
                 ids.sort_unstable();

@@ -2,7 +2,8 @@
 
 use super::{
     History, LogitsProcessor, decimal, pick, rank,
-    softmax::{BLOCK, Softmax, any_above, log_softmax},
+    scan::Peaks,
+    softmax::{Softmax, log_softmax},
 };
 use crate::error::Result;
 
@@ -128,14 +129,15 @@ impl LogitsProcessor for TopNSigma {
     }
 
     fn process(&self, _: &History<'_>, scores: &mut [f32]) -> Result<()> {
-        let Some(row) = Softmax::of(scores) else { return Ok(()) };
+        let peaks = Peaks::of(scores);
+        let Some(row) = Softmax::within(scores, &peaks) else { return Ok(()) };
         // Of what is possible: a ban must not move the cutoff.
         let possible = || scores.iter().filter(|score| score.is_finite()).map(|&score| f64::from(score - row.max));
         let (count, sum) = possible().fold((0.0, 0.0), |(count, sum), below| (count + 1.0, sum + below));
         let mean = sum / count;
         let deviation = (possible().map(|below| (below - mean).powi(2)).sum::<f64>() / count).sqrt();
         let cutoff = row.max - (f64::from(self.top_n_sigma) * deviation) as f32;
-        drop_if(scores, |score| score < cutoff);
+        peaks.drop_below(scores, cutoff);
         Ok(())
     }
 }
@@ -146,8 +148,9 @@ impl LogitsProcessor for TopK {
     }
 
     fn process(&self, _: &History<'_>, scores: &mut [f32]) -> Result<()> {
-        let worst = rank::nth(scores, self.top_k.max(self.min_tokens_to_keep));
-        drop_if(scores, |score| score < worst);
+        let peaks = Peaks::of(scores);
+        let worst = rank::nth(scores, &peaks, self.top_k.max(self.min_tokens_to_keep));
+        peaks.drop_below(scores, worst);
         Ok(())
     }
 }
@@ -158,12 +161,13 @@ impl LogitsProcessor for TopP {
     }
 
     fn process(&self, _: &History<'_>, scores: &mut [f32]) -> Result<()> {
-        let Some(row) = Softmax::of(scores) else { return Ok(()) };
+        let peaks = Peaks::of(scores);
+        let Some(row) = Softmax::within(scores, &peaks) else { return Ok(()) };
         let rest = (1.0 - decimal(self.top_p)) as f32;
         // All tokens less likely than rest / n together do not exceed the rest, so none of them is kept. The half leaves
         // room for rounding.
         let cutoff = row.score(0.5 * f64::from(rest) / scores.len() as f64);
-        let (mut keys, cutoff) = candidates(scores, cutoff, self.min_tokens_to_keep, |score| score);
+        let (mut keys, cutoff) = candidates(scores, &peaks, cutoff, self.min_tokens_to_keep, |score| score);
         let weight = |key| row.weight(rank::rank(key));
         let below = row.sum - keys.iter().map(|&key| f64::from(weight(key))).sum::<f64>();
         // HF: seen from the least likely token and, of equals, the first; one goes if up to it there is at most 1 - top_p.
@@ -172,7 +176,7 @@ impl LogitsProcessor for TopP {
         if dropped > most {
             rank::first(&mut keys, most);
         }
-        drop_if(scores, |score| score <= cutoff);
+        peaks.drop_below(scores, cutoff.next_up());
         drop_keys(scores, keys.into_iter().take(dropped.min(most)));
         Ok(())
     }
@@ -199,14 +203,15 @@ impl LogitsProcessor for Typical {
     }
 
     fn process(&self, _: &History<'_>, scores: &mut [f32]) -> Result<()> {
-        let Some(row) = Softmax::of(scores) else { return Ok(()) };
+        let peaks = Peaks::of(scores);
+        let Some(row) = Softmax::within(scores, &peaks) else { return Ok(()) };
         let entropy = row.entropy(scores);
         // A surprise above twice the entropy is further from it than any below it. If moreover all tokens that unlikely
         // together have at most 1 - typical_p, the others reach typical_p before. The half leaves room for rounding.
         let tail = 0.5 * (1.0 - f64::from(self.typical_p)) / scores.len() as f64;
         let cutoff = row.score(tail.min((-2.0 * entropy).exp() * 0.5));
         let distance = |score| (-row.log_probability(score) - entropy as f32).abs();
-        let (mut keys, cutoff) = candidates(scores, cutoff, self.min_tokens_to_keep, distance);
+        let (mut keys, cutoff) = candidates(scores, &peaks, cutoff, self.min_tokens_to_keep, distance);
         let weight = |key| scores.get(rank::id(key)).map_or(0.0, |&score| row.weight(score));
         let last = rank::reach(&mut keys, 0.0, weight, |mass| (mass / row.sum) as f32 >= self.typical_p);
         // HF: all that are as near as the last one stay.
@@ -214,7 +219,7 @@ impl LogitsProcessor for Typical {
         if last < self.min_tokens_to_keep {
             rank::first(&mut keys, self.min_tokens_to_keep);
         }
-        drop_if(scores, |score| score <= cutoff);
+        peaks.drop_below(scores, cutoff.next_up());
         drop_keys(scores, keys.into_iter().skip(self.min_tokens_to_keep).filter(|&key| rank::rank(key) > limit));
         Ok(())
     }
@@ -258,20 +263,20 @@ impl LogitsProcessor for Renormalize {
 }
 
 /// Keys of the tokens above `cutoff`; if they are fewer than `least`, of all that are possible. Also the cutoff taken.
-fn candidates(scores: &[f32], cutoff: f32, least: usize, by: impl Fn(f32) -> f32) -> (Vec<u64>, f32) {
-    let keys = rank::above(scores, cutoff, &by);
-    if keys.len() >= least { (keys, cutoff) } else { (rank::above(scores, f32::NEG_INFINITY, by), f32::NEG_INFINITY) }
+fn candidates(scores: &[f32], peaks: &Peaks, cutoff: f32, least: usize, by: impl Fn(f32) -> f32) -> (Vec<u64>, f32) {
+    let keys = rank::above(scores, peaks, cutoff, &by);
+    if keys.len() >= least { (keys, cutoff) } else { (rank::above(scores, peaks, f32::NEG_INFINITY, by), f32::NEG_INFINITY) }
 }
 
 /// Drops tokens less likely than `p`, but none of the `least` highest scores and their ties.
 fn cut(scores: &mut [f32], row: Softmax, p: f32, least: usize) {
-    let safe = rank::nth(scores, least);
+    let safe = rank::nth(scores, &Peaks::of(scores), least);
     drop_if(scores, |score| (score < safe) & (row.probability(score) < p));
 }
 
 /// Passes over blocks in which nothing is left to drop, as most are after a `top_k`.
 fn drop_if(scores: &mut [f32], unwanted: impl Fn(f32) -> bool) {
-    for block in scores.chunks_mut(BLOCK).filter(|block| any_above(block, f32::NEG_INFINITY)) {
+    for block in Peaks::of(scores).above_mut(scores, f32::NEG_INFINITY) {
         for score in block {
             *score = if unwanted(*score) { f32::NEG_INFINITY } else { *score };
         }

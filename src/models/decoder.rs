@@ -285,6 +285,10 @@ impl<O: Ops> Model for Decoder<O> {
         }
         Ok(forward)
     }
+
+    fn spread(&self, count: usize, work: &(dyn Fn(usize) + Sync)) {
+        self.ops.spread(count, work);
+    }
 }
 
 /// What stands before and after the layers.

@@ -56,6 +56,8 @@ pub struct Plan {
     pub max_time: Option<Duration>,
     /// The user's own criteria.
     pub criteria: Vec<Arc<dyn StoppingCriteria>>,
+    /// Whether code of the user's runs within a step: it may be bound to the thread of the call, or use the model itself.
+    pub custom: bool,
     /// Ends the call from another thread.
     pub cancel: Option<CancelToken>,
     /// Rows per prompt.
@@ -236,6 +238,7 @@ impl Plan {
             stops: check.stops(),
             max_time: check.max_time(),
             criteria: config.stopping_criteria.clone(),
+            custom: config.runs_code(),
             cancel: config.cancel.clone(),
             num_return_sequences: check.num_return_sequences(),
             beams: check.beams(&eos),

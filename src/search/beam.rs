@@ -13,7 +13,7 @@ use crate::{
     rows::{Row, Shown},
     trace,
 };
-use std::{cmp::Ordering, collections::BTreeMap, mem, time::Instant};
+use std::{cmp::Ordering, collections::BTreeMap, mem};
 
 /// The prompts under way.
 #[derive(Default)]
@@ -34,15 +34,15 @@ struct Prompt {
 
 impl Search for Beam {
     fn step(&mut self, turn: &mut Turn<'_>) -> Result<()> {
-        let logits = turn.logits()?;
+        let mut logits = turn.logits()?;
         let vocab_size = turn.model.info().vocab_size;
         let mut from = 0;
         for rows in by_prompt(mem::take(turn.rows)) {
-            let logits = &logits[from..][..rows.len() * vocab_size];
+            let logits = &mut logits[from..][..rows.len() * vocab_size];
             from += logits.len();
             let index = rows[0].prompt;
             let mut prompt = self.prompts.remove(&index).unwrap_or_else(|| Prompt::new(turn.plan, &rows[0]));
-            let live = prompt.step(rows, logits, turn.plan, turn.started)?;
+            let live = prompt.step(rows, logits, turn)?;
             if turn.plan.record.trace {
                 self.tree.push(prompt.groups.iter_mut().flat_map(|group| mem::take(&mut group.grown)).collect());
             }
@@ -112,13 +112,14 @@ impl Prompt {
     }
 
     /// The next beams of all groups; none once all are done.
-    fn step(&mut self, rows: Vec<Row>, logits: &[f32], plan: &Plan, started: Instant) -> Result<Vec<Row>> {
+    fn step(&mut self, rows: Vec<Row>, logits: &mut [f32], turn: &Turn<'_>) -> Result<Vec<Row>> {
         let begins = rows[0].generated().is_empty();
         let mut ground = Ground {
-            plan,
-            started,
-            logits,
+            plan: turn.plan,
+            model: turn.model,
+            started: turn.started,
             vocab_size: logits.len() / rows.len(),
+            logits,
             shared: begins && self.groups.len() > 1,
             rows: rows.into_iter().map(Some).collect(),
             taken: Vec::new(),
@@ -197,7 +198,7 @@ mod tests {
         model::{Cache, Feed, Forward, Model, ModelInfo, Start, Values, Want},
         search,
     };
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     /// Logits that follow from all tokens of a row.
     struct Toy(ModelInfo);

@@ -1,6 +1,6 @@
 //! DoLa: greedy search or sampling over what the last layer adds to an early one.
 
-use super::{Search, Turn, single::Single};
+use super::{Search, Turn, each, single::Single};
 use crate::{config::DolaLayers, error::Result, logits::dola};
 
 /// The candidate layers, and how tokens are chosen.
@@ -20,12 +20,14 @@ impl Search for Dola {
         let info = turn.model.info();
         let (layers, vocab_size) = (self.layers.resolve(info.layers, info.tied), info.vocab_size);
         let mut logits = turn.layers(&layers)?;
-        for (index, row) in logits.chunks_exact_mut(vocab_size * (layers.len() + 1)).enumerate() {
-            let (early, scores) = row.split_at_mut(vocab_size * layers.len());
-            let raw = turn.plan.record.needs_raw().then(|| scores.to_vec());
+        let (single, plan, started) = (self.single, turn.plan, turn.started);
+        let rows = turn.rows.iter_mut().zip(logits.chunks_exact_mut(vocab_size * (layers.len() + 1))).collect();
+        each(turn.model, plan, rows, |(row, logits)| {
+            let (early, scores) = logits.split_at_mut(vocab_size * layers.len());
+            let raw = plan.record.needs_raw().then(|| scores.to_vec());
             dola::contrast(scores, early);
-            self.single.take(turn, index, raw.as_deref(), scores)?;
-        }
+            single.take(row, raw.as_deref(), scores, plan, started)
+        })?;
         Ok(())
     }
 }

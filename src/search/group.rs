@@ -1,6 +1,7 @@
 //! A group of beams that compete with each other: its candidates, which of them become beams, and when it is done.
 
 use super::{
+    each,
     hypotheses::{Hypotheses, penalised},
     phrases::{Forced, Progress},
 };
@@ -8,6 +9,7 @@ use crate::{
     config::{EarlyStopping, Strategy},
     error::{Error, Result},
     logits::{self, History, pick},
+    model::Model,
     output::FinishReason,
     plan::Plan,
     rows::Row,
@@ -53,17 +55,21 @@ struct Ended {
 /// What the groups of a prompt work with during one step.
 pub(super) struct Ground<'a> {
     pub plan: &'a Plan,
+    pub model: &'a dyn Model,
     pub started: Instant,
     pub vocab_size: usize,
     /// The prompt's rows, each until its last child takes it.
     pub rows: Vec<Option<Row>>,
-    /// The model's logits after each row.
-    pub logits: &'a [f32],
+    /// The model's logits after each row, which become what processors make of them.
+    pub logits: &'a mut [f32],
     /// Whether all groups begin with the same row.
     pub shared: bool,
     /// The tokens that the groups chose so far.
     pub taken: Vec<u32>,
 }
+
+/// Tokens with their scores, best first.
+type Best = Vec<(u32, f32)>;
 
 /// A token that may continue a beam.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -105,8 +111,18 @@ impl Group {
             }
             return Ok(Vec::new());
         }
-        let processed = self.process(from, ground)?;
-        let mut candidates = self.candidates(&processed, from, ground);
+        let scores = from * ground.vocab_size..(from + self.scores.len()) * ground.vocab_size;
+        let raw = plan.record.needs_raw().then(|| ground.logits[scores.clone()].to_vec());
+        let mut own = ground.shared.then(|| ground.logits[scores.clone()].to_vec());
+        let best = self.process(
+            own.as_deref_mut().unwrap_or(&mut ground.logits[scores.clone()]),
+            &ground.rows[from..],
+            &ground.taken,
+            plan,
+            ground.model,
+        )?;
+        let processed = own.as_deref().unwrap_or(&ground.logits[scores]);
+        let mut candidates = self.candidates(processed, best, from, ground);
         let best = candidates.first().map(|candidate| candidate.score);
         if let Some(forced) = &self.forced {
             let score = |beam: usize, token: u32| processed[beam * ground.vocab_size + token as usize] + self.scores[beam];
@@ -125,8 +141,7 @@ impl Group {
             let parent = &mut ground.rows[from + beam];
             let Some(mut child) = (if uses[beam] == 0 && !ground.shared { parent.take() } else { parent.clone() }) else { continue };
             let at = beam * ground.vocab_size..(beam + 1) * ground.vocab_size;
-            let raw = &ground.logits[from * ground.vocab_size..][at.clone()];
-            child.record(token, &plan.record, Some(raw), &processed[at]);
+            child.record(token, &plan.record, raw.as_ref().map(|raw| &raw[at.clone()]), &processed[at]);
             // HF: groups look their indices up in the first group's there; here they count all beams of the prompt.
             child.beam_indices.push(self.offset + beam);
             child.push(token, plan, ground.started)?;
@@ -185,35 +200,44 @@ impl Group {
         }
     }
 
-    /// The processed log-probabilities after each beam, beam after beam.
-    fn process(&mut self, from: usize, ground: &Ground<'_>) -> Result<Vec<f32>> {
-        let size = ground.vocab_size;
-        let mut scores = ground.logits[from * size..][..self.scores.len() * size].to_vec();
-        for (row, scores) in ground.rows[from..].iter().flatten().zip(scores.chunks_exact_mut(size)) {
+    /// Makes the logits after each of `rows` processed log-probabilities; of each the best, so many as are looked at.
+    fn process(&mut self, logits: &mut [f32], rows: &[Option<Row>], taken: &[u32], plan: &Plan, model: &dyn Model) -> Result<Vec<Best>> {
+        let size = logits.len() / self.scores.len();
+        let histories = rows.iter().flatten().map(|row| History { taken, ..row.history() });
+        let beams = histories.zip(logits.chunks_exact_mut(size)).collect();
+        let count = if let Strategy::BeamSample { .. } = plan.strategy { 0 } else { self.looked_at(plan) };
+        let results = each(model, plan, beams, |(history, scores)| {
             if !logits::log_softmax(scores) && scores.iter().any(|&score| score != f32::NEG_INFINITY) {
                 // HF: one logit that is not a number leaves no log-probability; remove_invalid_values then makes all of them 0.
                 scores.fill(f32::NAN);
             }
-            match logits::run(&ground.plan.processors, &History { taken: &ground.taken, ..row.history() }, scores) {
+            match logits::run(&plan.processors, &history, scores) {
                 // HF: a beam without a possible token is left behind while others go on.
-                Err(error) if scores.iter().all(|&score| score == f32::NEG_INFINITY) => self.stuck = Some(error),
-                result => result?,
+                Err(error) if scores.iter().all(|&score| score == f32::NEG_INFINITY) => Ok((Vec::new(), Some(error))),
+                result => result.map(|()| (pick::top(scores, count), None)),
             }
-        }
-        Ok(scores)
+        })?;
+        let (best, stuck): (_, Vec<_>) = results.into_iter().unzip();
+        self.stuck = stuck.into_iter().flatten().next_back().or(self.stuck.take());
+        Ok(best)
+    }
+
+    /// Candidates of a step.
+    // HF: so many that `size` are left when every beam ends in every possible way.
+    fn looked_at(&self, plan: &Plan) -> usize {
+        let ends = plan.eos.len() + plan.stop_token_ids.len();
+        self.size.saturating_mul(2.max(1 + ends))
     }
 
     /// What may continue the beams, best first; only what can become a beam or be kept.
-    // HF: so many that `size` are left when every beam ends in every possible way.
-    fn candidates(&self, processed: &[f32], from: usize, ground: &Ground<'_>) -> Vec<Candidate> {
+    fn candidates(&self, processed: &[f32], best: Vec<Best>, from: usize, ground: &Ground<'_>) -> Vec<Candidate> {
         let plan = ground.plan;
-        let ends = plan.eos.len() + plan.stop_token_ids.len();
-        let count = self.size.saturating_mul(2.max(1 + ends));
-        let beams = || self.scores.iter().enumerate().zip(processed.chunks_exact(ground.vocab_size));
+        let count = self.looked_at(plan);
         let Some(row) = ground.rows[from..].iter().flatten().next() else { return Vec::new() };
         let mut candidates: Vec<Candidate> = if let Strategy::BeamSample { .. } = plan.strategy {
             // HF: softmax over what all beams have in sum, without replacement; the order of draws decides what is kept.
-            let mut sums: Vec<f32> = beams().flat_map(|((_, sum), scores)| scores.iter().map(move |score| score + sum)).collect();
+            let beams = self.scores.iter().zip(processed.chunks_exact(ground.vocab_size));
+            let mut sums: Vec<f32> = beams.flat_map(|(sum, scores)| scores.iter().map(move |score| score + sum)).collect();
             let first = (row.generated().len() as u64).wrapping_mul(count as u64);
             let draw = |draw: u64| {
                 let at = pick::sample(&sums, pick::uniform(row.seed, first.wrapping_add(draw)))? as usize;
@@ -222,10 +246,9 @@ impl Group {
             };
             (0..count as u64).map_while(draw).enumerate().map(Candidate::new).collect()
         } else {
-            let best = beams().flat_map(|((beam, sum), scores)| {
-                pick::top(scores, count).into_iter().map(move |(token, score)| (beam, token, score + sum))
-            });
-            let mut best: Vec<_> = best.collect();
+            let beams = self.scores.iter().zip(best).enumerate();
+            let mut best: Vec<_> =
+                beams.flat_map(|(beam, (sum, best))| best.into_iter().map(move |(token, score)| (beam, token, score + sum))).collect();
             best.sort_by(|a, b| b.2.total_cmp(&a.2));
             best.truncate(count);
             best.into_iter().enumerate().map(Candidate::new).collect()

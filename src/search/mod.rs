@@ -20,7 +20,10 @@ use crate::{
     rows::Row,
     trace::Beam,
 };
-use std::time::{Duration, Instant};
+use std::{
+    sync::Mutex,
+    time::{Duration, Instant},
+};
 
 /// A way to choose tokens. One value serves one call.
 pub trait Search: Send {
@@ -121,6 +124,23 @@ pub fn compute(model: &dyn Model, feeds: &mut [Feed<'_>], want: Want<'_>, clock:
     Ok(forward)
 }
 
+/// `f` of each item. The model's threads share them, unless code of the user's may be among it.
+pub fn each<T: Send, R: Send>(model: &dyn Model, plan: &Plan, items: Vec<T>, f: impl Fn(T) -> Result<R> + Sync) -> Result<Vec<R>> {
+    if items.len() < 2 || plan.custom {
+        return items.into_iter().map(f).collect();
+    }
+    let (todo, done): (Vec<_>, Vec<_>) = items.into_iter().map(|item| (Mutex::new(Some(item)), Mutex::new(None))).unzip();
+    model.spread(todo.len(), &|i| {
+        let item = todo[i].lock().ok().and_then(|mut item| item.take());
+        let result = item.map(&f);
+        if let Ok(mut done) = done[i].lock() {
+            *done = result;
+        }
+    });
+    let lost = || Err(Error::Unsupported("the model did not do all that it was to spread".into()));
+    done.into_iter().map(|result| result.into_inner().ok().flatten().unwrap_or_else(lost)).collect()
+}
+
 /// Rows of logits in host memory, in the number that is expected.
 pub fn host(logits: Values, rows: usize, vocab_size: usize) -> Result<Vec<f32>> {
     let (logits, expected) = (logits.into_host()?, rows * vocab_size);
@@ -201,5 +221,53 @@ impl Turn<'_> {
             guide.cache = cache;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::{config::GenerationConfig, model::ModelInfo};
+    use std::thread;
+
+    /// A model that does half of what it spreads, or all of it on a thread of its own, backwards.
+    struct Spreading {
+        half: bool,
+    }
+
+    impl Model for Spreading {
+        fn info(&self) -> &ModelInfo {
+            unreachable!()
+        }
+
+        fn start(&self, _: &[Start<'_>]) -> Result<Vec<Box<dyn Cache>>> {
+            unreachable!()
+        }
+
+        fn forward(&self, _: &mut [Feed<'_>], _: Want<'_>) -> Result<Forward> {
+            unreachable!()
+        }
+
+        fn spread(&self, count: usize, work: &(dyn Fn(usize) + Sync)) {
+            let count = if self.half { count / 2 } else { count };
+            thread::scope(|scope| scope.spawn(|| (0..count).rev().for_each(work)).join().unwrap());
+        }
+    }
+
+    #[test]
+    fn items_are_spread_and_stay_in_order() {
+        let plan = |config: &GenerationConfig| Plan::new(config, &GenerationConfig::new(), &ModelInfo::new("toy", 9), None).unwrap();
+        let (own, custom) = (plan(&GenerationConfig::new()), plan(&GenerationConfig::new().prefix_allowed_tokens_fn(|_, _| vec![1])));
+        let model = Spreading { half: false };
+        let caller = thread::current().id();
+        let here = |plan, items: Vec<u32>| each(&model, plan, items, |item| Ok((item, thread::current().id() == caller))).unwrap();
+        assert_eq!(here(&own, vec![4, 5, 6]), [(4, false), (5, false), (6, false)]);
+        assert_eq!(here(&custom, vec![4, 5]), [(4, true), (5, true)], "the user's code stays on the thread of the call");
+        assert_eq!(here(&own, vec![4]), [(4, true)], "one row is not worth it");
+        let refuse = |item: u32| if item > 1 { Err(Error::Unsupported(item.to_string())) } else { Ok(item) };
+        assert_eq!(each(&model, &own, vec![1, 2, 3], refuse).unwrap_err().to_string(), Error::Unsupported("2".into()).to_string());
+        let lost = each(&Spreading { half: true }, &own, vec![1, 2, 3], Ok).unwrap_err().to_string();
+        assert!(lost.contains("spread"), "{lost}");
     }
 }

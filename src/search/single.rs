@@ -1,11 +1,13 @@
 //! Greedy search and sampling: one token a row and step, each row for itself.
 
-use super::{Search, Turn};
+use super::{Search, Turn, each};
 use crate::{
     error::{Error, Result},
-    logits::{Draw, pick},
+    logits::{self, Draw, pick},
+    plan::Plan,
     rows::Row,
 };
+use std::time::Instant;
 
 /// How the token of a step is chosen.
 #[derive(Debug, Clone, Copy)]
@@ -19,23 +21,23 @@ pub(super) enum Single {
 impl Search for Single {
     fn step(&mut self, turn: &mut Turn<'_>) -> Result<()> {
         let mut logits = turn.logits()?;
-        let vocab_size = turn.model.info().vocab_size;
-        for (index, scores) in logits.chunks_exact_mut(vocab_size).enumerate() {
-            let raw = turn.plan.record.needs_raw().then(|| scores.to_vec());
-            self.take(turn, index, raw.as_deref(), scores)?;
-        }
+        let (single, plan, started) = (*self, turn.plan, turn.started);
+        let rows = turn.rows.iter_mut().zip(logits.chunks_exact_mut(turn.model.info().vocab_size)).collect();
+        each(turn.model, plan, rows, |(row, scores)| {
+            let raw = plan.record.needs_raw().then(|| scores.to_vec());
+            single.take(row, raw.as_deref(), scores, plan, started)
+        })?;
         Ok(())
     }
 }
 
 impl Single {
-    /// Makes the row at `index` longer by a token of `scores`; `raw` are the model's own logits where they are recorded.
-    pub fn take(self, turn: &mut Turn<'_>, index: usize, raw: Option<&[f32]>, scores: &mut [f32]) -> Result<()> {
-        turn.process(&turn.rows[index], scores)?;
-        let row = &mut turn.rows[index];
-        let token = self.choose(scores, row, &turn.plan.draw)?;
-        row.record(token, &turn.plan.record, raw, scores);
-        row.push(token, turn.plan, turn.started)
+    /// Makes `row` longer by a token of `scores`; `raw` are the model's own logits where they are recorded.
+    pub fn take(self, row: &mut Row, raw: Option<&[f32]>, scores: &mut [f32], plan: &Plan, started: Instant) -> Result<()> {
+        logits::run(&plan.processors, &row.history(), scores)?;
+        let token = self.choose(scores, row, &plan.draw)?;
+        row.record(token, &plan.record, raw, scores);
+        row.push(token, plan, started)
     }
 
     fn choose(self, scores: &mut [f32], row: &mut Row, draw: &Draw) -> Result<u32> {

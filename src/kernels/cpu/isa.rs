@@ -8,6 +8,7 @@ use super::line::LANES;
 #[cfg(target_arch = "x86_64")]
 use super::{amx::Amx, x86};
 use half::{bf16, f16};
+use std::sync::LazyLock;
 
 /// Work to be compiled for each instruction set.
 pub(super) trait Task {
@@ -18,6 +19,37 @@ pub(super) trait Task {
 
     /// Must be `#[inline(always)]`.
     fn run<I: Isa>(self, isa: I) -> Self::Out;
+}
+
+/// A plain loop over values, which the compiler turns into vectors.
+pub(crate) trait Loop {
+    type Out;
+
+    /// Must be `#[inline(always)]`, and so must be all that it calls.
+    fn run(self) -> Self::Out;
+}
+
+/// Runs `work` with the best instructions of this processor.
+pub(crate) fn by_vectors<L: Loop>(work: L) -> L::Out {
+    static BEST: LazyLock<Level> = LazyLock::new(|| Level::best(None));
+    BEST.run(Plain(work))
+}
+
+/// What `work` gives with each instruction set that this processor has, the portable one first.
+#[cfg(test)]
+pub(crate) fn by_all_vectors<L: Loop>(work: impl Fn() -> L) -> Vec<L::Out> {
+    std::iter::once(Level::PORTABLE).chain(tests::vectorised()).map(|level| level.run(Plain(work()))).collect()
+}
+
+struct Plain<L>(L);
+
+impl<L: Loop> Task for Plain<L> {
+    type Out = L::Out;
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) -> L::Out {
+        self.0.run()
+    }
 }
 
 /// Sixteen f32 values in registers, and what products do with them.

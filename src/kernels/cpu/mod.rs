@@ -30,6 +30,9 @@ use attention::Reader;
 use candle_core::DType;
 pub use isa::Instructions;
 use isa::Level;
+#[cfg(test)]
+pub(crate) use isa::by_all_vectors;
+pub(crate) use isa::{Loop, by_vectors};
 use scratch::{Buffer, Scratch};
 use std::{ops::Range, sync::Arc};
 use threads::Team;
@@ -98,6 +101,10 @@ impl Ops for CpuOps {
         let result = self.team.hold(work);
         self.scratch.shrink();
         result
+    }
+
+    fn spread(&self, count: usize, work: &(dyn Fn(usize) + Sync)) {
+        self.team.hold(|| self.team.run(count, work));
     }
 
     fn weight(&self, parts: &[Matrix<'_>], bias: Option<&[f32]>, done: &dyn Fn(&[u8])) -> Result<panels::Weight> {
