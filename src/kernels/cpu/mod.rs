@@ -4,6 +4,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+mod arena;
 mod attention;
 mod brains;
 mod isa;
@@ -26,6 +27,7 @@ use crate::{
     error::Result,
     model::{Room, Values},
 };
+use arena::Arena;
 use attention::Reader;
 use candle_core::DType;
 pub use isa::Instructions;
@@ -44,6 +46,8 @@ pub(crate) struct CpuOps {
     dtype: DType,
     level: Level,
     team: Arc<Team>,
+    /// What weights are made of.
+    weights: Arc<Arena>,
     scratch: Arc<Scratch>,
     /// What pages are made of.
     pages: Arc<Scratch>,
@@ -67,7 +71,7 @@ impl CpuOps {
             AttnImplementation::Flash => attention::SPAN,
             AttnImplementation::Eager => usize::MAX,
         };
-        Self { dtype, level: Level::best(most), team, scratch: Scratch::new(), pages: Scratch::small(), span }
+        Self { dtype, level: Level::best(most), team, weights: Arc::default(), scratch: Scratch::new(), pages: Scratch::small(), span }
     }
 
     /// What it computes with, for people.
@@ -108,7 +112,7 @@ impl Ops for CpuOps {
     }
 
     fn weight(&self, parts: &[Matrix<'_>], bias: Option<&[f32]>, done: &dyn Fn(&[u8])) -> Result<panels::Weight> {
-        panels::Weight::pack(&self.team, parts, bias, self.dtype, done)
+        panels::Weight::pack(self, parts, bias, done)
     }
 
     fn weight_bytes(&self, weight: &panels::Weight) -> u64 {

@@ -1,7 +1,9 @@
 //! Weights in panels of 16 outputs, in the type of the file, and their products.
 
 use super::{
-    CpuOps, brains,
+    CpuOps,
+    arena::{HUGE, Lines},
+    brains,
     isa::{Isa, Level, Task},
     line::{Bf16, F16, F32, LANES, Line},
     target::{Bands, Target},
@@ -10,7 +12,7 @@ use super::{
 };
 use crate::{error::Result, kernels::Matrix};
 use candle_core::{DType, Error};
-use std::{cell::RefCell, mem::MaybeUninit, ops::Range};
+use std::{cell::RefCell, ops::Range};
 
 /// A weight `(outputs, inputs)`: panel `p` holds outputs `16 p ..`, lines of them with the inputs ascending; the last one is filled up
 /// with zeros.
@@ -24,9 +26,9 @@ pub(crate) struct Weight {
 
 #[derive(Debug)]
 enum Panels {
-    F32(Vec<F32>),
-    Bf16(Vec<Bf16>),
-    F16(Vec<F16>),
+    F32(Lines<F32>),
+    Bf16(Lines<Bf16>),
+    F16(Lines<F16>),
 }
 
 /// Bytes of a file that are packed before they are let go.
@@ -35,7 +37,7 @@ const SLAB: usize = 8 << 20;
 impl Weight {
     /// Packs `parts`, stacked along their outputs, in their own type, or in f32 if they differ; for arithmetic in half precision in its
     /// type. Tells `done` which bytes are not needed any more.
-    pub(super) fn pack(team: &Team, parts: &[Matrix<'_>], bias: Option<&[f32]>, dtype: DType, done: &dyn Fn(&[u8])) -> Result<Self> {
+    pub(super) fn pack(ops: &CpuOps, parts: &[Matrix<'_>], bias: Option<&[f32]>, done: &dyn Fn(&[u8])) -> Result<Self> {
         let Some(first) = parts.first() else { return Err(Error::Msg("a weight needs at least one matrix".into()).into()) };
         let inputs = first.inputs;
         for part in parts {
@@ -49,12 +51,12 @@ impl Weight {
         }
         let same = parts.iter().all(|part| part.dtype == first.dtype);
         let panels = match if same { first.dtype } else { DType::F32 } {
-            _ if dtype == DType::BF16 => Panels::Bf16(lines(team, parts, outputs, inputs, brains::flush, done)?),
+            _ if ops.dtype == DType::BF16 => Panels::Bf16(lines(ops, parts, outputs, inputs, brains::flush, done)?),
             // HF: the reference rounds the result of each operation to f16. Here weights are, and everything else is f32.
-            _ if dtype == DType::F16 => Panels::F16(lines(team, parts, outputs, inputs, |_| (), done)?),
-            DType::BF16 => Panels::Bf16(lines(team, parts, outputs, inputs, |_| (), done)?),
-            DType::F16 => Panels::F16(lines(team, parts, outputs, inputs, |_| (), done)?),
-            _ => Panels::F32(lines(team, parts, outputs, inputs, |_| (), done)?),
+            _ if ops.dtype == DType::F16 => Panels::F16(lines(ops, parts, outputs, inputs, |_| (), done)?),
+            DType::BF16 => Panels::Bf16(lines(ops, parts, outputs, inputs, |_| (), done)?),
+            DType::F16 => Panels::F16(lines(ops, parts, outputs, inputs, |_| (), done)?),
+            _ => Panels::F32(lines(ops, parts, outputs, inputs, |_| (), done)?),
         };
         Ok(Self { panels, bias: bias.map(<[f32]>::to_vec), outputs, inputs })
     }
@@ -69,9 +71,9 @@ impl Weight {
 
     pub(super) fn bytes(&self) -> u64 {
         let panels = match &self.panels {
-            Panels::F32(lines) => size_of_val(lines.as_slice()),
-            Panels::Bf16(lines) => size_of_val(lines.as_slice()),
-            Panels::F16(lines) => size_of_val(lines.as_slice()),
+            Panels::F32(lines) => size_of_val(&**lines),
+            Panels::Bf16(lines) => size_of_val(&**lines),
+            Panels::F16(lines) => size_of_val(&**lines),
         };
         (panels + self.bias.as_ref().map_or(0, |bias| size_of_val(bias.as_slice()))) as u64
     }
@@ -301,29 +303,29 @@ fn check(part: &Matrix<'_>, inputs: usize) -> Result<()> {
 
 /// Packs stacked `parts`, each thread its own panels, which `finish` has last.
 fn lines<L: Line>(
-    team: &Team,
+    ops: &CpuOps,
     parts: &[Matrix<'_>],
     outputs: usize,
     inputs: usize,
     finish: fn(&mut [L]),
     done: &dyn Fn(&[u8]),
-) -> Result<Vec<L>> {
-    let (size, panels) = (L::count(inputs), outputs.div_ceil(LANES));
-    let mut lines = Vec::new();
-    if panels.checked_mul(size).is_none_or(|count| lines.try_reserve_exact(count).is_err()) {
-        return Err(Error::Msg(format!("no memory for a weight of {outputs} x {inputs}")).into());
-    }
+) -> Result<Lines<L>> {
+    let (size, panels, team) = (L::count(inputs), outputs.div_ceil(LANES), &ops.team);
+    let no_memory = || Error::Msg(format!("no memory for a weight of {outputs} x {inputs}"));
+    let mut lines = panels.checked_mul(size).and_then(|count| ops.weights.lines::<L>(count).ok()).ok_or_else(no_memory)?;
     // (part, its row) of each output.
     let sources: Vec<_> = parts.iter().flat_map(|part| (0..part.outputs).map(move |row| (part, row))).collect();
     // Slab by slab, so that a file and its weight are never both in memory.
     let slab = (SLAB / (LANES * inputs * 4)).max(team.threads());
-    for first in (0..panels).step_by(slab) {
-        let last = panels.min(first + slab);
-        let sources = &sources[first * LANES..outputs.min(last * LANES)];
-        let room = &mut lines.spare_capacity_mut()[..(last - first) * size];
-        team.hold(|| team.chunks(room, size, inputs * LANES * 4, |i, panel| finish(fill(panel, &sources[i * LANES..], inputs))));
-        // SAFETY: reserved, and every panel of the slab was filled.
-        unsafe { lines.set_len(last * size) };
+    for (lines, sources) in lines.chunks_mut(slab * size).zip(sources.chunks(slab * LANES)) {
+        team.hold(|| {
+            // Each huge page by one thread first: several would all clear one, for one of them to be taken.
+            team.chunks(lines, HUGE / size_of::<L>(), HUGE, |_, page| page[..1].fill(L::ZERO));
+            team.chunks(lines, size, inputs * LANES * 4, |i, panel| {
+                fill(panel, &sources[i * LANES..], inputs);
+                finish(panel);
+            });
+        });
         let mut rest = sources;
         while let Some((part, row)) = rest.first() {
             let count = rest.iter().take_while(|(other, _)| std::ptr::eq(*other, *part)).count();
@@ -339,13 +341,10 @@ fn lines<L: Line>(
     Ok(lines)
 }
 
-/// Writes every line of a panel, of the first outputs of `sources`.
-fn fill<'a, L: Line>(panel: &'a mut [MaybeUninit<L>], sources: &[(&Matrix<'_>, usize)], inputs: usize) -> &'a mut [L] {
+/// Writes every value of a panel of zeros, of the first outputs of `sources`.
+fn fill<L: Line>(panel: &mut [L], sources: &[(&Matrix<'_>, usize)], inputs: usize) {
     /// Inputs at a time, so that their lines stay in the first-level cache.
     const STEP: usize = 256;
-    panel.fill(MaybeUninit::new(L::ZERO));
-    // SAFETY: every line has just been written.
-    let panel = unsafe { &mut *(std::ptr::from_mut(panel) as *mut [L]) };
     for first in (0..inputs).step_by(STEP) {
         let (panel, count) = (&mut panel[first / L::INPUTS..], STEP.min(inputs - first));
         for (lane, &(part, row)) in sources.iter().take(LANES).enumerate() {
@@ -354,7 +353,6 @@ fn fill<'a, L: Line>(panel: &'a mut [MaybeUninit<L>], sources: &[(&Matrix<'_>, u
             L::fill(panel, lane, count, part.dtype, part.bytes, (start + first * stride) * size, stride * size);
         }
     }
-    panel
 }
 
 #[cfg(test)]
@@ -402,7 +400,7 @@ mod tests {
     }
 
     fn pack(parts: &[Matrix<'_>], bias: Option<&[f32]>) -> Result<Weight> {
-        Weight::pack(&Team::of(2), parts, bias, DType::F32, &|_| ())
+        Weight::pack(&ops(Level::PORTABLE, 2), parts, bias, &|_| ())
     }
 
     fn product(weight: &Weight, level: Level, threads: usize, x: &[f32]) -> Vec<f32> {
@@ -475,7 +473,8 @@ mod tests {
         let (x, bias, there) = (noise(101 * 70, 3), noise(100, 4), noise(101 * 100, 5));
         for dtype in DTYPES {
             let source = Source::new(dtype, 100, 70);
-            let weight = Weight::pack(&Team::of(2), &[source.matrix()], Some(&bias), DType::BF16, &|_| ()).unwrap();
+            let weight =
+                Weight::pack(&CpuOps { dtype: DType::BF16, ..ops(Level::PORTABLE, 2) }, &[source.matrix()], Some(&bias), &|_| ()).unwrap();
             assert_eq!(weight.bytes(), 112 * 96 * 2 + 100 * 4);
             let ops = CpuOps { dtype: DType::BF16, ..ops(Level::best(None), 2) };
             for rows in [1, 4, 101] {
@@ -495,7 +494,7 @@ mod tests {
         let x = noise(7 * 70, 3);
         for dtype in DTYPES {
             let source = Source::new(dtype, 100, 70);
-            let weight = Weight::pack(&Team::of(2), &[source.matrix()], None, DType::F16, &|_| ()).unwrap();
+            let weight = Weight::pack(&CpuOps { dtype: DType::F16, ..ops(Level::PORTABLE, 2) }, &[source.matrix()], None, &|_| ()).unwrap();
             assert_eq!(weight.bytes(), 112 * 70 * 2);
             for (i, y) in best(&weight, &x).into_iter().enumerate() {
                 let (x, w) = (&x[i / 100 * 70..][..70], &source.values[i % 100 * 70..][..70]);
@@ -509,7 +508,7 @@ mod tests {
     fn a_file_is_let_go_as_it_is_packed() {
         let (source, seen) = (Source::new(DType::BF16, 100, 70_000), std::cell::RefCell::new(Vec::new()));
         let done = |bytes: &[u8]| seen.borrow_mut().push((bytes.as_ptr() as usize, bytes.len()));
-        Weight::pack(&Team::of(2), &[source.matrix().rows(0..30), source.matrix().rows(30..100)], None, DType::F32, &done).unwrap();
+        Weight::pack(&ops(Level::PORTABLE, 2), &[source.matrix().rows(0..30), source.matrix().rows(30..100)], None, &done).unwrap();
         let mut at = source.bytes[1..].as_ptr() as usize;
         assert!(seen.borrow().len() > 3, "{seen:?}");
         for &(start, len) in seen.borrow().iter() {
