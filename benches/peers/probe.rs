@@ -4,6 +4,7 @@
 
 use anyhow::Result;
 use half::bf16;
+use memmap2::MmapMut;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -51,10 +52,16 @@ struct Hello {
 /// Answers requests with so many threads.
 pub fn serve(threads: usize) -> Result<()> {
     let set = Set::best();
-    let memory: Vec<f32> = (0..BYTES / 4).map(|at| (at % 1021) as f32 + 1.0).collect();
+    let mut map = MmapMut::map_anon(BYTES)?;
+    // Weights lie in huge pages too, where a system has them.
+    #[cfg(target_os = "linux")]
+    let _ = map.advise(memmap2::Advice::HugePage);
+    // SAFETY: any bytes are numbers.
+    let memory = unsafe { map.align_to_mut::<f32>() }.1;
+    memory.iter_mut().enumerate().for_each(|(at, value)| *value = (at % 1021) as f32 + 1.0);
     crate::serve(Hello { instructions: set.name() }, |request: Request| {
         let value = match request {
-            Request::Bandwidth => bandwidth(set, &memory, threads),
+            Request::Bandwidth => bandwidth(set, memory, threads),
             Request::Peak => peak(set, threads),
             Request::Products { matrices, half: true } => products(set, &matrices, threads, |value| bf16::from_f32(value).to_bits()),
             Request::Products { matrices, half: false } => products(set, &matrices, threads, |value| value),
