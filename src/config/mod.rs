@@ -378,9 +378,7 @@ impl GenerationConfig {
         self.prefix_allowed_tokens_fn = Some(Arc::new(function));
         self
     }
-}
 
-impl GenerationConfig {
     /// Whether code of the user's runs within a step.
     pub(crate) fn runs_code(&self) -> bool {
         !(self.logits_processors.is_empty() && self.stopping_criteria.is_empty() && self.prefix_allowed_tokens_fn.is_none())

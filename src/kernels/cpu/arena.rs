@@ -64,6 +64,7 @@ impl Arena {
 impl Mapping {
     /// Of at least so many bytes, from the start of a huge page on.
     fn new(bytes: usize) -> io::Result<Self> {
+        release();
         let len = bytes.checked_next_multiple_of(HUGE).ok_or(io::ErrorKind::OutOfMemory)?;
         let mut map = MmapMut::map_anon(len.checked_add(HUGE).ok_or(io::ErrorKind::OutOfMemory)?)?;
         // Where a system has none, small ones do.
@@ -72,6 +73,15 @@ impl Mapping {
         let skipped = map.as_ptr().align_offset(HUGE);
         let start = map.get_mut(skipped..).filter(|rest| rest.len() >= len).ok_or(io::ErrorKind::OutOfMemory)?.as_mut_ptr();
         Ok(Self { _map: map, start, len })
+    }
+}
+
+/// Has the allocator give back what was freed: reading a tokenizer takes tens of megabytes, which would lie idle beside the weights.
+fn release() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: nothing is asked of the caller; what is in use stays.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 

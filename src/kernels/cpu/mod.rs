@@ -108,7 +108,7 @@ impl Ops for CpuOps {
     }
 
     fn spread(&self, count: usize, work: &(dyn Fn(usize) + Sync)) {
-        self.team.hold(|| self.team.run(count, work));
+        self.team.spread(count, work);
     }
 
     fn weight(&self, parts: &[Matrix<'_>], bias: Option<&[f32]>, done: &dyn Fn(&[u8])) -> Result<panels::Weight> {

@@ -316,8 +316,8 @@ fn lines<L: Line>(
     // (part, its row) of each output.
     let sources: Vec<_> = parts.iter().flat_map(|part| (0..part.outputs).map(move |row| (part, row))).collect();
     // Slab by slab, so that a file and its weight are never both in memory.
-    let slab = (SLAB / (LANES * inputs * 4)).max(team.threads());
-    for (lines, sources) in lines.chunks_mut(slab * size).zip(sources.chunks(slab * LANES)) {
+    let slab = (SLAB / inputs.saturating_mul(LANES * 4)).max(team.threads());
+    for (lines, sources) in lines.chunks_mut(slab.saturating_mul(size)).zip(sources.chunks(slab * LANES)) {
         team.hold(|| {
             // Each huge page by one thread first: several would all clear one, for one of them to be taken.
             team.chunks(lines, HUGE / size_of::<L>(), HUGE, |_, page| page[..1].fill(L::ZERO));

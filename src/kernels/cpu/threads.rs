@@ -77,10 +77,23 @@ impl Team {
             return work();
         }
         let _turn = Turn::new(&self.shared);
+        self.wake();
+        work()
+    }
+
+    /// [`Self::run`] outside of a pass: with the team if nobody else has it or waits for it, otherwise alone.
+    pub(super) fn spread(&self, count: usize, f: impl Fn(usize) + Sync) {
+        let turn = Turn::at_once(&self.shared);
+        if turn.is_some() {
+            self.wake();
+        }
+        self.run(count, f);
+    }
+
+    fn wake(&self) {
         if self.shared.asleep.load(SeqCst) > 0 {
             self.shared.call();
         }
-        work()
     }
 
     /// How many pieces `work` multiply-adds are worth: one, or one for each thread.
@@ -316,6 +329,20 @@ impl<'a> Turn<'a> {
         while queue.serving != own {
             queue = shared.moved.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
+        Self::begin(shared)
+    }
+
+    /// The turn, if nobody else has one or waits for one.
+    fn at_once(shared: &'a Shared) -> Option<Self> {
+        let mut queue = lock(&shared.queue);
+        if queue.serving < queue.next {
+            return None;
+        }
+        queue.next += 1;
+        Some(Self::begin(shared))
+    }
+
+    fn begin(shared: &'a Shared) -> Self {
         *lock(&shared.holder) = Some(thread::current().id());
         Self(shared)
     }
@@ -423,6 +450,32 @@ mod tests {
                 });
             }
         });
+    }
+
+    #[test]
+    fn spreading_does_not_wait_for_a_pass() {
+        let team = Team::new(3);
+        let (inside, done) = (AtomicBool::new(false), AtomicUsize::new(0));
+        let spread = || team.spread(40, |_| _ = done.fetch_add(1, SeqCst));
+        spread();
+        assert_eq!(done.load(SeqCst), 40);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                team.hold(|| {
+                    inside.store(true, SeqCst);
+                    while done.load(SeqCst) < 80 {
+                        thread::yield_now();
+                    }
+                });
+            });
+            while !inside.load(SeqCst) {
+                thread::yield_now();
+            }
+            spread();
+        });
+        spread();
+        team.hold(spread);
+        assert_eq!(done.load(SeqCst), 160);
     }
 
     #[test]
