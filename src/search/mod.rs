@@ -131,10 +131,12 @@ pub fn each<T: Send, R: Send>(model: &dyn Model, plan: &Plan, items: Vec<T>, f: 
     }
     let (todo, done): (Vec<_>, Vec<_>) = items.into_iter().map(|item| (Mutex::new(Some(item)), Mutex::new(None))).unzip();
     model.spread(todo.len(), &|i| {
-        let item = todo[i].lock().ok().and_then(|mut item| item.take());
-        let result = item.map(&f);
-        if let Ok(mut done) = done[i].lock() {
-            *done = result;
+        // Once each, whatever is called.
+        let item = todo.get(i).and_then(|item| item.lock().ok()?.take());
+        if let Some(result) = item.map(&f)
+            && let Ok(mut done) = done[i].lock()
+        {
+            *done = Some(result);
         }
     });
     let lost = || Err(Error::Unsupported("the model did not do all that it was to spread".into()));
@@ -231,10 +233,8 @@ mod tests {
     use crate::{config::GenerationConfig, model::ModelInfo};
     use std::thread;
 
-    /// A model that does half of what it spreads, or all of it on a thread of its own, backwards.
-    struct Spreading {
-        half: bool,
-    }
+    /// A model that spreads, on a thread of its own and backwards, all that it is given, half of it or more than that.
+    struct Spreading(fn(usize) -> usize);
 
     impl Model for Spreading {
         fn info(&self) -> &ModelInfo {
@@ -250,8 +250,7 @@ mod tests {
         }
 
         fn spread(&self, count: usize, work: &(dyn Fn(usize) + Sync)) {
-            let count = if self.half { count / 2 } else { count };
-            thread::scope(|scope| scope.spawn(|| (0..count).rev().for_each(work)).join().unwrap());
+            thread::scope(|scope| scope.spawn(|| (0..(self.0)(count)).rev().for_each(work)).join().unwrap());
         }
     }
 
@@ -259,7 +258,7 @@ mod tests {
     fn items_are_spread_and_stay_in_order() {
         let plan = |config: &GenerationConfig| Plan::new(config, &GenerationConfig::new(), &ModelInfo::new("toy", 9), None).unwrap();
         let (own, custom) = (plan(&GenerationConfig::new()), plan(&GenerationConfig::new().prefix_allowed_tokens_fn(|_, _| vec![1])));
-        let model = Spreading { half: false };
+        let model = Spreading(|count| count);
         let caller = thread::current().id();
         let here = |plan, items: Vec<u32>| each(&model, plan, items, |item| Ok((item, thread::current().id() == caller))).unwrap();
         assert_eq!(here(&own, vec![4, 5, 6]), [(4, false), (5, false), (6, false)]);
@@ -267,7 +266,8 @@ mod tests {
         assert_eq!(here(&own, vec![4]), [(4, true)], "one row is not worth it");
         let refuse = |item: u32| if item > 1 { Err(Error::Unsupported(item.to_string())) } else { Ok(item) };
         assert_eq!(each(&model, &own, vec![1, 2, 3], refuse).unwrap_err().to_string(), Error::Unsupported("2".into()).to_string());
-        let lost = each(&Spreading { half: true }, &own, vec![1, 2, 3], Ok).unwrap_err().to_string();
+        let lost = each(&Spreading(|count| count / 2), &own, vec![1, 2, 3], Ok).unwrap_err().to_string();
         assert!(lost.contains("spread"), "{lost}");
+        assert_eq!(each(&Spreading(|count| count * 2), &own, vec![1, 2, 3], Ok).unwrap(), [1, 2, 3]);
     }
 }
