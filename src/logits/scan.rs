@@ -28,9 +28,10 @@ impl Peaks {
         self.nan
     }
 
-    /// The `n`-th largest peak, which at least `n` scores reach; negative infinity if there are fewer.
+    /// The `n`-th largest peak, which at least `n` scores reach; negative infinity if there are fewer, infinity for none.
     pub fn nth(&self, n: usize) -> f32 {
         match n.checked_sub(1) {
+            None => f32::INFINITY,
             Some(at) if at < self.of.len() => *self.of.clone().select_nth_unstable_by(at, |a, b| b.total_cmp(a)).1,
             _ => f32::NEG_INFINITY,
         }
