@@ -17,7 +17,7 @@ pub(super) const HUGE: usize = 2 << 20;
 /// Where weights begin: at pairs of cache lines, as they are fetched.
 const ALIGN: usize = 128;
 
-/// The mappings of a model's weights; each goes with the last weight in it.
+/// The mappings of a model's weights. Each goes with the last weight in it, the one in use not before the arena.
 #[derive(Debug, Default)]
 pub(super) struct Arena {
     open: Mutex<Option<Open>>,

@@ -463,9 +463,11 @@ mod tests {
             scope.spawn(|| {
                 team.hold(|| {
                     inside.store(true, SeqCst);
-                    while done.load(SeqCst) < 80 {
+                    let start = Instant::now();
+                    while done.load(SeqCst) < 80 && start.elapsed() < Duration::from_secs(20) {
                         thread::yield_now();
                     }
+                    assert_eq!(done.load(SeqCst), 80, "it waited");
                 });
             });
             while !inside.load(SeqCst) {
