@@ -8,7 +8,7 @@ use super::{
     line::{Bf16, F16, F32, LANES, Line},
     target::{Bands, Target},
     threads::Team,
-    tile::{ROWS, Tiles, is_wide, multiply, tiled},
+    tile::{ROWS, Tiles, interleave, is_wide, multiply, tiled},
 };
 use crate::{error::Result, kernels::Matrix};
 use candle_core::{DType, Error};
@@ -115,6 +115,13 @@ impl Weight {
         let rows = x.len() / self.inputs;
         debug_assert_eq!((x.len(), y.len()), (rows * self.inputs, rows * self.outputs));
         let target = Target::new(y, self.outputs, self.bias.as_deref(), onto);
+        let mut strips = ops.scratch.take(if rows > 1 { x.len() } else { 0 });
+        let x = if rows > 1 {
+            interleave(ops, x, self.inputs, &mut strips);
+            &strips
+        } else {
+            x
+        };
         let product = Product { level: ops.level, lines, sides: Sides { inputs: self.inputs, x, target } };
         // SAFETY: a block accesses the outputs that it is given.
         unsafe {
@@ -136,6 +143,7 @@ struct Product<'a, L> {
 /// What goes into a product and what comes out.
 struct Sides<'a> {
     inputs: usize,
+    /// Interleaved.
     x: &'a [f32],
     target: Target<'a>,
 }
@@ -230,13 +238,12 @@ impl<L: Line, const R: usize, const C: usize, const D: usize, const AHEAD: usize
         let &Strip { sides, lines, stride, row, ref panels, ref inputs } = self.0;
         let (width, first) = (sides.inputs, panel - panels.start);
         let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
-        let mut rows = [&sides.x[..0]; R];
+        let rows = &sides.x[row * width..][..R * width].as_chunks::<R>().0[inputs.clone()];
         let mut panels = [&lines[..0]; N];
         for c in 0..N {
             panels[c] = &lines[(first + c) * stride..];
         }
         for r in 0..R {
-            rows[r] = &sides.x[(row + r) * width..][inputs.clone()];
             if inputs.start > 0 {
                 for c in 0..N {
                     // SAFETY: the rows and outputs are those of this strip.
@@ -244,7 +251,7 @@ impl<L: Line, const R: usize, const C: usize, const D: usize, const AHEAD: usize
                 }
             }
         }
-        multiply::<I, L, R, N, AHEAD>(isa, rows, panels, &mut sums);
+        multiply::<I, L, R, N, AHEAD, _>(isa, rows, panels, &mut sums);
         for r in 0..R {
             for c in 0..N {
                 // SAFETY: as above.

@@ -107,7 +107,7 @@ impl<const R: usize, const C: usize> Tiles for Score<'_, '_, R, C> {
             panels[c] = keys(c);
         }
         let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
-        multiply::<I, _, R, N, 0>(isa, rows, panels, &mut sums);
+        multiply::<I, _, R, N, 0, _>(isa, rows, panels, &mut sums);
         for r in 0..R {
             let to = work.scores[(first + r) * work.len + page * PAGE..][..N * PAGE].as_chunks_mut().0;
             for c in 0..N {
@@ -277,7 +277,7 @@ impl<const R: usize, const C: usize> Sum<'_, '_, R, C> {
         for c in 1..N {
             panels[c] = values(c);
         }
-        multiply::<I, _, R, N, 0>(isa, rows, panels, sums);
+        multiply::<I, _, R, N, 0, _>(isa, rows, panels, sums);
     }
 
     /// Adds the values of `positions` to the row of query `r`.

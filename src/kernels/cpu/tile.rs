@@ -3,23 +3,95 @@
 //! Every output is accumulated alone, inputs ascending, with one fused multiply-add each, starting from its own sum. So its bits depend
 //! neither on the shape of the tile nor on where a long product is cut.
 
-use super::{isa::Isa, line::Line};
+use super::{
+    CpuOps,
+    isa::{Isa, Task},
+    line::{LANES, Line},
+};
 use std::ops::Range;
 
 /// Sums of `R` rows with `C` panels, in registers.
 pub(super) type Sums<I, const R: usize, const C: usize> = [[<I as Isa>::Lanes; C]; R];
 
+/// The inputs of `R` rows.
+pub(super) trait Rows<const R: usize>: Copy {
+    /// Those of the first so many inputs, two by two.
+    type Pairs: Copy;
+
+    /// How many there are of each row.
+    fn inputs(self) -> usize;
+    /// The first `2 * count`.
+    fn pairs(self, count: usize) -> Self::Pairs;
+    /// Input `2 * i + input` of row `r`.
+    fn get(pairs: &Self::Pairs, i: usize, input: usize, r: usize) -> f32;
+    /// The last input of row `r`.
+    fn last(self, r: usize) -> f32;
+}
+
+/// Rows of one length, wherever they are.
+impl<const R: usize> Rows<R> for [&[f32]; R] {
+    type Pairs = Self;
+
+    #[inline(always)]
+    fn inputs(self) -> usize {
+        self[0].len()
+    }
+
+    #[inline(always)]
+    fn pairs(mut self, count: usize) -> Self {
+        for row in &mut self {
+            *row = &row[..2 * count];
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn get(pairs: &Self, i: usize, input: usize, r: usize) -> f32 {
+        pairs[r][2 * i + input]
+    }
+
+    #[inline(always)]
+    fn last(self, r: usize) -> f32 {
+        self[r][self[0].len() - 1]
+    }
+}
+
+/// Rows after [`interleave`]: their values of an input lie together, so that a tile reads them in one stream.
+impl<const R: usize> Rows<R> for &[[f32; R]] {
+    type Pairs = Self;
+
+    #[inline(always)]
+    fn inputs(self) -> usize {
+        self.len()
+    }
+
+    #[inline(always)]
+    fn pairs(self, count: usize) -> Self {
+        &self[..2 * count]
+    }
+
+    #[inline(always)]
+    fn get(pairs: &Self, i: usize, input: usize, r: usize) -> f32 {
+        pairs[2 * i + input][r]
+    }
+
+    #[inline(always)]
+    fn last(self, r: usize) -> f32 {
+        self[self.len() - 1][r]
+    }
+}
+
 /// Adds to `sums` the products of rows with panels, all of as many inputs as the rows have. Lines are asked for `AHEAD` bytes before they
 /// are needed, if that is not 0.
 #[inline(always)]
-pub(super) fn multiply<I: Isa, L: Line, const R: usize, const C: usize, const AHEAD: usize>(
+pub(super) fn multiply<I: Isa, L: Line, const R: usize, const C: usize, const AHEAD: usize, X: Rows<R>>(
     isa: I,
-    rows: [&[f32]; R],
+    rows: X,
     panels: [&[L]; C],
     sums: &mut Sums<I, R, C>,
 ) {
     // Loops, not closures: those would be compiled for the baseline where they are not inlined.
-    let inputs = rows[0].len();
+    let inputs = rows.inputs();
     let (first, rest) = L::pairs(panels[0], inputs);
     let (mut pairs, mut rests) = ([first; C], [rest; C]);
     for c in 1..C {
@@ -30,10 +102,7 @@ pub(super) fn multiply<I: Isa, L: Line, const R: usize, const C: usize, const AH
     for pairs in &mut pairs {
         *pairs = &pairs[..count];
     }
-    let mut twos = [rows[0].as_chunks::<2>().0; R];
-    for r in 0..R {
-        twos[r] = &rows[r][..inputs].as_chunks::<2>().0[..count];
-    }
+    let twos = rows.pairs(count);
     for i in 0..count {
         if AHEAD > 0 {
             for pairs in &pairs {
@@ -51,7 +120,7 @@ pub(super) fn multiply<I: Isa, L: Line, const R: usize, const C: usize, const AH
             }
             for r in 0..R {
                 for c in 0..C {
-                    sums[r][c] = isa.mul_add(lines[c], twos[r][i][input], sums[r][c]);
+                    sums[r][c] = isa.mul_add(lines[c], X::get(&twos, i, input, r), sums[r][c]);
                 }
             }
         }
@@ -61,8 +130,48 @@ pub(super) fn multiply<I: Isa, L: Line, const R: usize, const C: usize, const AH
             if let Some(line) = rests[c].first() {
                 let line = line.first(isa);
                 for r in 0..R {
-                    sums[r][c] = isa.mul_add(line, rows[r][inputs - 1], sums[r][c]);
+                    sums[r][c] = isa.mul_add(line, rows.last(r), sums[r][c]);
                 }
+            }
+        }
+    }
+}
+
+/// Copies `x`, `(rows, inputs)`, so that of every [`ROWS`] rows the values of an input lie together.
+pub(super) fn interleave(ops: &CpuOps, x: &[f32], inputs: usize, to: &mut [f32]) {
+    // A value costs about a multiply-add of a line.
+    ops.team.chunks(to, ROWS * inputs, ROWS * inputs * LANES, |strip, to| {
+        let rows = &x[strip * ROWS * inputs..][..to.len()];
+        match to.len() / inputs {
+            1 => ops.level.run(Interleave::<1> { rows, to }),
+            2 => ops.level.run(Interleave::<2> { rows, to }),
+            3 => ops.level.run(Interleave::<3> { rows, to }),
+            4 => ops.level.run(Interleave::<4> { rows, to }),
+            5 => ops.level.run(Interleave::<5> { rows, to }),
+            _ => ops.level.run(Interleave::<ROWS> { rows, to }),
+        }
+    });
+}
+
+struct Interleave<'a, const R: usize> {
+    rows: &'a [f32],
+    to: &'a mut [f32],
+}
+
+impl<const R: usize> Task for Interleave<'_, R> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        let inputs = self.rows.len() / R;
+        let mut rows = [&self.rows[..inputs]; R];
+        for r in 1..R {
+            rows[r] = &self.rows[r * inputs..][..inputs];
+        }
+        let to = &mut self.to.as_chunks_mut::<R>().0[..inputs];
+        for i in 0..inputs {
+            for r in 0..R {
+                to[i][r] = rows[r][i];
             }
         }
     }
