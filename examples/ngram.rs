@@ -109,7 +109,8 @@ impl Model for Ngrams {
             };
             logits.extend(ends(count).flat_map(|end| self.logits(&seen[..end], self.order)));
         }
-        Ok(Forward { logits: Values::Host(logits), hidden: if hidden.is_empty() { Values::Nothing } else { Values::Host(hidden) } })
+        let hidden = if hidden.is_empty() { Values::Nothing } else { Values::Host(hidden) };
+        Ok(Forward { logits: Values::Host(logits), hidden, ..Forward::default() })
     }
 }
 

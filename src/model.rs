@@ -117,7 +117,13 @@ pub struct Forward {
     pub logits: Values,
     /// The states after the final norm of every new token, `(tokens, hidden_size)`; empty unless [`Want::Hidden`].
     pub hidden: Values,
+    /// Of each row of `logits`, row after row, the largest of every [`PEAK`] logits, the last of them of what is left, and NaN where
+    /// one of them is; empty if they are not known. Then choosing a token reads few of the logits.
+    pub peaks: Vec<f32>,
 }
+
+/// Logits that one of [`Forward::peaks`] stands for.
+pub const PEAK: usize = crate::kernels::BLOCK;
 
 /// Rows of numbers.
 #[derive(Debug, Clone, Default)]
@@ -144,7 +150,7 @@ impl Values {
 
 impl From<Values> for Forward {
     fn from(logits: Values) -> Self {
-        Self { logits, hidden: Values::Nothing }
+        Self { logits, ..Self::default() }
     }
 }
 

@@ -156,6 +156,9 @@ impl Run {
 
     fn check(&self) -> Result<()> {
         let info = self.setting.model.info();
+        if info.vocab_size == 0 {
+            return Err(Error::Unsupported("the model has no vocabulary: its vocab_size is 0".into()));
+        }
         let rows = self.waiting.len().saturating_mul(self.plan.width());
         if rows > ROWS {
             let reason = format!("the call would have {rows} rows; at most {ROWS} are accepted");

@@ -2,7 +2,7 @@
 
 use crate::{
     error::{Error, Result},
-    logits::{self, History, pick},
+    logits::{self, History, Scores, pick},
     model::{Cache, Context, Feed, Model, ModelInfo, Room, Start, Want},
     prefix,
     progress::Stage,
@@ -274,7 +274,7 @@ impl Scorer<'_> {
             let mut logits = logits.chunks_exact_mut(vocab_size);
             for (tokens, log_probs) in targets {
                 for (&token, scores) in tokens.iter().zip(&mut logits) {
-                    logits::run(&[], &History::new(&[], 0, 0), scores)?;
+                    logits::run(&[], &History::new(&[], 0, 0), &mut Scores::new(scores))?;
                     log_probs.push((f64::from(scores[token as usize]) - pick::log_sum_exp(scores)) as f32);
                 }
             }

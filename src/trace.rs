@@ -1,6 +1,6 @@
 //! What happened at each step of a generation, for people to look at.
 
-use crate::logits::{History, LogitsProcessor, log_softmax, pick};
+use crate::logits::{History, LogitsProcessor, Scores, pick};
 use serde::Serialize;
 use std::sync::Arc;
 
@@ -96,7 +96,7 @@ impl Tracer {
         let mut effects = Vec::with_capacity(self.processors.len());
         let mut scores = own.scores.to_vec();
         if self.log_probs {
-            log_softmax(&mut scores);
+            Scores::over(&mut scores, |scores| scores.log_softmax());
         }
         for processor in &self.processors {
             let before = scores.clone();

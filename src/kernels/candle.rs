@@ -4,7 +4,7 @@ use super::{Activation, Attention, Bias, Matrix, Norm, NormKind, Ops, Picks, Rop
 use crate::{
     device::turn,
     error::{Error, Result},
-    model::{Room, Values},
+    model::{Forward, Room, Values},
 };
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::{ops::softmax_last_dim, rotary_emb::rope_thd};
@@ -331,12 +331,13 @@ impl Ops for CandleOps {
         Ok(Values::Device(x))
     }
 
-    fn logits(&self, head: &Weight, x: &Tensor, softcap: Option<f32>) -> Result<Values> {
+    fn logits(&self, head: &Weight, x: &Tensor, softcap: Option<f32>) -> Result<Forward> {
         let logits = self.linear(head, x)?;
-        Ok(Values::Device(match softcap {
+        let logits = match softcap {
             Some(cap) => self.times(&self.times(&logits, 1.0 / cap)?.tanh()?, cap)?,
             None => logits,
-        }))
+        };
+        Ok(Values::Device(logits).into())
     }
 }
 
@@ -513,7 +514,7 @@ mod tests {
         let head = bytes(&[1.0, -3.0]);
         let head = Matrix { bytes: &head, dtype: DType::F32, outputs: 2, inputs: 1, transposed: false };
         let head = ops().weight(&[head], None, &|_| ()).unwrap();
-        let logits = |cap| ops().logits(&head, &act(&[2.0], 1), cap).unwrap().into_host().unwrap();
+        let logits = |cap| ops().logits(&head, &act(&[2.0], 1), cap).unwrap().logits.into_host().unwrap();
         close(&logits(None), &[2.0, -6.0]);
         close(&logits(Some(4.0)), &[1.8484687, -3.6205935]);
     }

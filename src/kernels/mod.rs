@@ -10,12 +10,12 @@ mod route;
 pub use cpu::Instructions;
 #[cfg(test)]
 pub(crate) use cpu::by_all_vectors;
-pub(crate) use cpu::{Loop, by_vectors};
+pub(crate) use cpu::{BLOCK, Highest, Loop, by_vectors, filled};
 pub(crate) use route::Picks;
 
 use crate::{
     error::Result,
-    model::{Room, Values},
+    model::{Forward, Room, Values},
 };
 use candle_core::DType;
 use half::bf16;
@@ -103,7 +103,7 @@ pub(crate) trait Ops: Send + Sync + 'static {
     /// `x` as a caller of the model sees it.
     fn values(&self, x: Self::Act) -> Result<Values>;
     /// `x * head^T`, each value `v` becoming `cap * tanh(v / cap)` where there is a cap.
-    fn logits(&self, head: &Self::Weight, x: &Self::Act, softcap: Option<f32>) -> Result<Values>;
+    fn logits(&self, head: &Self::Weight, x: &Self::Act, softcap: Option<f32>) -> Result<Forward>;
 }
 
 /// The keys and values of one row. A clone shares them: writing copies only the last page, while it is shared.

@@ -1,6 +1,7 @@
 //! Draws that look beyond the scores of a step: XTC, which flips a coin, and mirostat, which remembers surprise.
 
 use super::{
+    Scores,
     pick::{row_seed, sample, uniform},
     rank,
     scan::Peaks,
@@ -44,17 +45,18 @@ const COIN: u64 = 0x5854_4321;
 
 impl Draw {
     /// Draws the token of step `step`; scores that it leaves out become negative infinity. `None` if there is none to draw.
-    pub fn draw(&self, scores: &mut [f32], seed: u64, step: u64, surprise: &mut Surprise) -> Option<u32> {
+    pub fn draw(&self, scores: &mut Scores<'_>, seed: u64, step: u64, surprise: &mut Surprise) -> Option<u32> {
         let u = uniform(seed, step);
         match *self {
-            Self::Plain => sample(scores, u),
+            Self::Plain => scores.sample(u),
             Self::Xtc { probability, threshold } => {
                 if uniform(row_seed(seed, COIN), step) < f64::from(probability) {
-                    exclude(scores, threshold);
+                    exclude(scores.values_mut(), threshold);
                 }
-                sample(scores, u)
+                scores.sample(u)
             }
             Self::Mirostat { tau, eta } => {
+                let scores = scores.values_mut();
                 let bound = surprise.bound.unwrap_or(2.0 * tau);
                 bind(scores, bound);
                 let token = sample(scores, u)?;
@@ -103,6 +105,10 @@ mod tests {
 
     const INF: f32 = f32::INFINITY;
 
+    fn drawn(draw: &Draw, scores: &mut [f32], seed: u64, step: u64, surprise: &mut Surprise) -> Option<u32> {
+        Scores::over(scores, |scores| draw.draw(scores, seed, step, surprise))
+    }
+
     fn logs(probabilities: &[f32]) -> Vec<f32> {
         probabilities.iter().map(|p| p.ln()).collect()
     }
@@ -129,7 +135,7 @@ mod tests {
         let draw = Draw::Xtc { probability: 0.3, threshold: 0.2 };
         let excluded = |step| {
             let mut scores = logs(&[0.5, 0.3, 0.2]);
-            draw.draw(&mut scores, 7, step, &mut Surprise::default()).unwrap();
+            drawn(&draw, &mut scores, 7, step, &mut Surprise::default()).unwrap();
             scores[0] == -INF
         };
         let count = (0..2000).filter(|&step| excluded(step)).count();
@@ -137,8 +143,8 @@ mod tests {
         let never = Draw::Xtc { probability: 0.0, threshold: 0.0 };
         let mut scores = logs(&[0.5, 0.5]);
         assert_eq!(
-            never.draw(&mut scores.clone(), 1, 1, &mut Surprise::default()),
-            Draw::Plain.draw(&mut scores, 1, 1, &mut Surprise::default())
+            drawn(&never, &mut scores.clone(), 1, 1, &mut Surprise::default()),
+            drawn(&Draw::Plain, &mut scores, 1, 1, &mut Surprise::default())
         );
     }
 
@@ -147,13 +153,13 @@ mod tests {
         let mut scores = logs(&[0.5, 0.25, 0.125, 0.0625, 0.0625]);
         let mut surprise = Surprise::default();
         // The bound begins at 2 * tau = 2 bits: a half and a quarter stay, two thirds and one third of what is left.
-        let token = Draw::Mirostat { tau: 1.0, eta: 0.5 }.draw(&mut scores, 3, 0, &mut surprise).unwrap();
+        let token = drawn(&Draw::Mirostat { tau: 1.0, eta: 0.5 }, &mut scores, 3, 0, &mut surprise).unwrap();
         assert_eq!(scores.iter().filter(|&&score| score > -INF).count(), 2);
         let expected = [2.0 - 0.5 * (1.5f32.log2() - 1.0), 2.0 - 0.5 * (3f32.log2() - 1.0)][token as usize];
         assert!((surprise.bound.unwrap() - expected).abs() < 1e-5, "{surprise:?}");
         let wild = Draw::Mirostat { tau: 1.0, eta: f32::MAX };
         for step in 0..9 {
-            wild.draw(&mut logs(&[0.9, 0.1]), 3, step, &mut surprise).unwrap();
+            drawn(&wild, &mut logs(&[0.9, 0.1]), 3, step, &mut surprise).unwrap();
             assert!(surprise.bound.unwrap().is_finite());
         }
         let mut scores = logs(&[0.5, 0.5]);
@@ -168,7 +174,7 @@ mod tests {
         let mut total = 0.0;
         for step in 0..1000 {
             let mut scores = row.clone();
-            let token = draw.draw(&mut scores, 11, step, &mut surprise).unwrap();
+            let token = drawn(&draw, &mut scores, 11, step, &mut surprise).unwrap();
             if step >= 500 {
                 total += bits(&Softmax::of(&scores).unwrap(), scores[token as usize]);
             }

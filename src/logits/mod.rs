@@ -11,6 +11,7 @@ mod penalty;
 pub mod pick;
 mod rank;
 mod scan;
+mod scores;
 mod softmax;
 mod twister;
 mod warp;
@@ -21,13 +22,11 @@ pub use draw::*;
 pub use dry::*;
 pub use guidance::*;
 pub use penalty::*;
+pub use scores::Scores;
 pub use warp::*;
 pub use watermark::*;
 
-pub(crate) use softmax::log_softmax;
-
 use crate::error::{Error, Result};
-use scan::Peaks;
 use std::sync::Arc;
 
 /// What a row has seen so far: all that a [`LogitsProcessor`] or a stopping criterion may depend on.
@@ -97,14 +96,23 @@ pub trait LogitsProcessor: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// Whatever it gives ends the call with that error.
     fn process(&self, history: &History<'_>, scores: &mut [f32]) -> Result<()>;
+
+    /// Does the same to scores that remember the largest of each block: for processors that change, or look for, few of them. What
+    /// generation calls; by default it is [`process`](Self::process).
+    ///
+    /// # Errors
+    /// As of [`process`](Self::process).
+    fn shape(&self, history: &History<'_>, scores: &mut Scores<'_>) -> Result<()> {
+        self.process(history, scores.values_mut())
+    }
 }
 
 /// Runs `processors` in their order. An error if in the end no token is left or a score is NaN; it names the processor
 /// after which that was so for good, or `model` if it was so from the start.
-pub(crate) fn run(processors: &[Arc<dyn LogitsProcessor>], history: &History<'_>, scores: &mut [f32]) -> Result<()> {
+pub(crate) fn run(processors: &[Arc<dyn LogitsProcessor>], history: &History<'_>, scores: &mut Scores<'_>) -> Result<()> {
     let (mut state, mut culprit) = (State::of(scores), "model");
     for processor in processors {
-        processor.process(history, scores)?;
+        processor.shape(history, scores)?;
         let now = State::of(scores);
         if now != state {
             (state, culprit) = (now, processor.name());
@@ -128,8 +136,8 @@ enum State {
 }
 
 impl State {
-    fn of(scores: &[f32]) -> Self {
-        let peaks = Peaks::of(scores);
+    fn of(scores: &mut Scores<'_>) -> Self {
+        let (_, peaks) = scores.parts();
         match peaks.max() {
             _ if peaks.nan() => Self::NaN,
             f32::NEG_INFINITY => Self::Empty,
@@ -143,7 +151,10 @@ impl State {
 /// HF: the reference computes with thresholds in f64 and rounds last: `1 - 0.8` is f32's 0.2, while 1 less f32's 0.8 is
 /// below it and would keep one more of five equal tokens.
 fn decimal(value: f32) -> f64 {
-    value.to_string().parse().unwrap_or(f64::from(value))
+    // The fewest decimals that name it; both numbers of the quotient are exact, so it is the nearest to that decimal.
+    let shortest = (0..10).map(|decimals| 10f64.powi(decimals)).map(|unit| (f64::from(value) * unit).round() / unit);
+    let named = |&decimal: &f64| decimal as f32 == value && value.abs() < 1e6;
+    shortest.into_iter().find(named).unwrap_or_else(|| value.to_string().parse().unwrap_or(f64::from(value)))
 }
 
 #[cfg(test)]
@@ -162,7 +173,7 @@ mod tests {
     const INF: f32 = f32::INFINITY;
 
     fn outcome(processors: &[Arc<dyn LogitsProcessor>], scores: &[f32]) -> Option<String> {
-        match run(processors, &History::new(&[1, 2], 1, 9), &mut scores.to_vec()) {
+        match run(processors, &History::new(&[1, 2], 1, 9), &mut Scores::new(&mut scores.to_vec())) {
             Err(Error::Processor { processor, .. }) => Some(processor),
             result => {
                 result.unwrap();
@@ -199,6 +210,10 @@ mod tests {
     #[test]
     fn decimals_are_what_was_written() {
         assert_eq!([decimal(0.8), decimal(1.05), decimal(1e-9), decimal(2.0)], [0.8, 1.05, 1e-9, 2.0]);
+        let shares = (0..=1_000).map(|i| i as f32 / 1_000.0);
+        for value in (0..0x7f80).map(|i| f32::from_bits(i << 16 | 0x4321)).chain(shares).flat_map(|value| [value, -value]) {
+            assert_eq!(decimal(value), value.to_string().parse::<f64>().unwrap(), "{value}");
+        }
     }
 
     #[test]
@@ -212,6 +227,7 @@ mod tests {
             include_str!("pick.rs"),
             include_str!("rank.rs"),
             include_str!("scan.rs"),
+            include_str!("scores.rs"),
             include_str!("softmax.rs"),
             include_str!("twister.rs"),
             include_str!("warp.rs"),

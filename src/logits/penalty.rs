@@ -1,6 +1,6 @@
 //! Processors that raise or lower scores.
 
-use super::{History, LogitsProcessor, decimal};
+use super::{History, LogitsProcessor, Scores, decimal};
 use crate::error::Result;
 
 /// Adds a bias to the last token of each sequence whose other tokens end the history (`sequence_bias`).
@@ -163,6 +163,10 @@ impl LogitsProcessor for RepetitionPenalty {
     }
 
     fn process(&self, history: &History<'_>, scores: &mut [f32]) -> Result<()> {
+        Scores::over(scores, |scores| self.shape(history, scores))
+    }
+
+    fn shape(&self, history: &History<'_>, scores: &mut Scores<'_>) -> Result<()> {
         let tokens = history.tokens;
         let seen = match self.scope {
             PenaltyScope::All => tokens,
@@ -197,7 +201,8 @@ impl LogitsProcessor for EncoderRepetitionPenalty {
     }
 
     fn process(&self, history: &History<'_>, scores: &mut [f32]) -> Result<()> {
-        penalise(scores, history.source, &[], (1.0 / decimal(self.penalty)) as f32);
+        let penalty = (1.0 / decimal(self.penalty)) as f32;
+        Scores::over(scores, |scores| penalise(scores, history.source, &[], penalty));
         Ok(())
     }
 }
@@ -250,7 +255,7 @@ impl LogitsProcessor for KeywordBoost {
 }
 
 /// Moves the score of each distinct token of `seen` away from the best, or towards it if `penalty` is below 1.
-fn penalise(scores: &mut [f32], seen: &[u32], exempt: &[u32], penalty: f32) {
+fn penalise(scores: &mut Scores<'_>, seen: &[u32], exempt: &[u32], penalty: f32) {
     let mut done = vec![0u64; scores.len().div_ceil(64)]; // a bit per id
     let mut fresh = |id: u32| {
         done.get_mut(id as usize / 64).is_some_and(|word| {
@@ -266,9 +271,9 @@ fn penalise(scores: &mut [f32], seen: &[u32], exempt: &[u32], penalty: f32) {
     for &id in seen {
         // HF: ids that the model has no score for are ignored.
         if fresh(id)
-            && let Some(score) = scores.get_mut(id as usize)
+            && let Some(score) = scores.get(id)
         {
-            *score = if *score < 0.0 { *score * penalty } else { *score / penalty };
+            scores.set(id, if score < 0.0 { score * penalty } else { score / penalty });
         }
     }
 }

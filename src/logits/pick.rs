@@ -12,7 +12,10 @@ use rand_chacha::{
 
 /// The index of the largest score; the first of equals, and never NaN. `None` if no score is above negative infinity.
 pub fn argmax(scores: &[f32]) -> Option<u32> {
-    let peaks = Peaks::of(scores);
+    argmax_of(scores, &Peaks::of(scores))
+}
+
+pub(super) fn argmax_of(scores: &[f32], peaks: &Peaks) -> Option<u32> {
     let max = peaks.max();
     // The first block that has a score above all that are below the maximum has the maximum.
     let (from, block) = peaks.above(scores, max.next_down()).next()?;
@@ -22,9 +25,7 @@ pub fn argmax(scores: &[f32]) -> Option<u32> {
 /// The `n` largest scores and their indices, best first and of equals the lower index first; NaN and negative infinity
 /// are left out.
 pub fn top(scores: &[f32], n: usize) -> Vec<(u32, f32)> {
-    let mut keys = rank::largest(scores, n);
-    keys.sort_unstable();
-    keys.into_iter().map(rank::id).filter_map(|id| Some((id as u32, *scores.get(id)?))).collect()
+    rank::top(scores, &Peaks::of(scores), n)
 }
 
 /// The `n` most likely tokens with their probabilities, as [`top`] orders them.
@@ -36,16 +37,21 @@ pub fn likely(scores: &[f32], n: usize) -> Vec<(u32, f32)> {
 /// An index drawn with probability softmax(`scores`), by inverting the cumulative distribution at `u` in `[0, 1)`, in
 /// index order. Positive infinity wins, NaN never. `None` if no score is above negative infinity.
 pub fn sample(scores: &[f32], u: f64) -> Option<u32> {
-    let peaks = Peaks::of(scores);
+    sample_of(scores, &Peaks::of(scores), u)
+}
+
+pub(super) fn sample_of(scores: &[f32], peaks: &Peaks, u: f64) -> Option<u32> {
     let max = peaks.max();
     if max.is_infinite() {
-        return argmax(scores);
+        return argmax_of(scores, peaks);
     }
     let weight = |score: f32| exp(score - max);
     let masses = peaks.masses(scores, max);
     let goal = u * masses.iter().sum::<f64>();
     let mut below = 0.0;
-    for ((from, block), mass) in scan::blocks(scores).zip(masses) {
+    let mut last = None;
+    for ((from, block), mass) in scan::blocks(scores).zip(masses).filter(|(_, mass)| *mass > 0.0) {
+        last = Some((from, block));
         if below + mass <= goal {
             below += mass;
             continue;
@@ -58,7 +64,8 @@ pub fn sample(scores: &[f32], u: f64) -> Option<u32> {
         }
     }
     // Sums in another order may end a rounding error short of the goal.
-    scores.iter().rposition(|&score| weight(score) > 0.0).map(|id| id as u32)
+    let (from, block) = last?;
+    block.iter().rposition(|&score| weight(score) > 0.0).map(|offset| (from + offset) as u32)
 }
 
 /// A draw from softmax(`p`), made of `id`, a draw from softmax(`q`): `id` itself with probability min(1, p / q), otherwise a

@@ -23,11 +23,14 @@ pub(super) fn id(key: u64) -> usize {
     key as u32 as usize
 }
 
-/// The keys of the `n` largest scores in no order, ranked by `-score`; fewer if fewer are above negative infinity.
-pub(super) fn largest(scores: &[f32], n: usize) -> Vec<u64> {
-    best(scores, &Peaks::of(scores), n)
+/// The `n` largest scores and their ids, best first; fewer if fewer are above negative infinity.
+pub(super) fn top(scores: &[f32], peaks: &Peaks, n: usize) -> Vec<(u32, f32)> {
+    let mut keys = best(scores, peaks, n);
+    keys.sort_unstable();
+    keys.into_iter().map(id).filter_map(|id| Some((id as u32, *scores.get(id)?))).collect()
 }
 
+/// The keys of the `n` largest scores in no order, ranked by `-score`; fewer if fewer are above negative infinity.
 fn best(scores: &[f32], peaks: &Peaks, n: usize) -> Vec<u64> {
     // The n largest are at least as large as the n largest peaks, and few others are.
     let mut keys = above(scores, peaks, peaks.nth(n).next_down(), |score| -score);
@@ -102,11 +105,11 @@ mod tests {
             let mut sorted: Vec<u64> = scores.iter().enumerate().map(|(id, &score)| key(-score, id)).collect();
             sorted.sort_unstable();
             sorted.truncate(n);
-            let mut keys = largest(&scores, n);
+            let mut keys = best(&scores, &Peaks::of(&scores), n);
             keys.sort_unstable();
             assert_eq!(keys, sorted, "{len} {n} {levels}");
         }
-        assert!(largest(&[f32::NEG_INFINITY, f32::NAN], 2).is_empty());
+        assert!(top(&[f32::NEG_INFINITY, f32::NAN], &Peaks::of(&[f32::NEG_INFINITY, f32::NAN]), 2).is_empty());
         let nth = |scores: &[f32]| nth(scores, &Peaks::of(scores), 2);
         assert_eq!(nth(&[1.0, f32::NAN, 3.0, 2.0]), 2.0);
         assert_eq!(nth(&[1.0, f32::NEG_INFINITY]), f32::NEG_INFINITY);

@@ -2,12 +2,10 @@
 //!
 //! A row is seen in blocks, so that what looks for few tokens passes over most of it.
 
-use crate::kernels::{Loop, by_vectors};
-
-/// Scores of a block.
-const BLOCK: usize = 64;
+use crate::kernels::{BLOCK, Highest, Loop, by_vectors, filled};
 
 /// The largest score of each block, where NaN is none.
+#[derive(Debug, Clone)]
 pub(super) struct Peaks {
     of: Vec<f32>,
     nan: bool,
@@ -15,17 +13,57 @@ pub(super) struct Peaks {
 
 impl Peaks {
     pub fn of(scores: &[f32]) -> Self {
-        by_vectors(Highest(scores))
+        let mut of = vec![0.0; scores.len().div_ceil(BLOCK)];
+        by_vectors(Highest { values: scores, peaks: &mut of });
+        Self::known(scores, of)
+    }
+
+    /// Of the largest scores of all blocks, NaN for those that have one.
+    pub fn known(scores: &[f32], mut of: Vec<f32>) -> Self {
+        let mut nan = false;
+        for ((_, block), peak) in blocks(scores).zip(&mut of).filter(|(_, peak)| peak.is_nan()) {
+            *peak = block.iter().fold(f32::NEG_INFINITY, |max, &score| larger(max, score));
+            nan = true;
+        }
+        Self { of, nan }
     }
 
     /// The largest score, or negative infinity.
     pub fn max(&self) -> f32 {
-        self.of.iter().fold(f32::NEG_INFINITY, |max, &peak| larger(max, peak))
+        let (lines, rest) = self.of.as_chunks::<16>();
+        let mut lanes = [f32::NEG_INFINITY; 16];
+        for line in lines {
+            for (lane, &peak) in lanes.iter_mut().zip(line) {
+                *lane = larger(*lane, peak);
+            }
+        }
+        lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, &peak| larger(max, peak))
     }
 
     /// Whether a score is NaN.
     pub fn nan(&self) -> bool {
         self.nan
+    }
+
+    /// The largest score of the block of `id`, if there is one.
+    pub fn around(&self, id: usize) -> Option<f32> {
+        self.of.get(id / BLOCK).copied()
+    }
+
+    /// Takes note that the score of `id` was `old`; neither is NaN.
+    pub fn changed(&mut self, scores: &[f32], id: usize, old: f32) {
+        let (Some(peak), Some(&score)) = (self.of.get_mut(id / BLOCK), scores.get(id)) else { return };
+        if score >= *peak {
+            *peak = score;
+        } else if old == *peak {
+            let block = scores[id / BLOCK * BLOCK..].iter().take(BLOCK);
+            *peak = block.fold(f32::NEG_INFINITY, |max, &score| larger(max, score));
+        }
+    }
+
+    /// Takes note that `change` was done to all scores: one that keeps their order.
+    pub fn follow(&mut self, change: impl Fn(f32) -> f32) {
+        self.of.iter_mut().for_each(|peak| *peak = change(*peak));
     }
 
     /// The `n`-th largest peak, which at least `n` scores reach; negative infinity if there are fewer, infinity for none.
@@ -47,9 +85,15 @@ impl Peaks {
         scores.chunks_mut(BLOCK).zip(&self.of).filter(move |&(_, &peak)| peak > floor).map(|(block, _)| block)
     }
 
-    /// Makes scores below `least` negative infinity.
-    pub fn drop_below(&self, scores: &mut [f32], least: f32) {
-        by_vectors(DropBelow { scores, peaks: &self.of, least });
+    /// The blocks without a score above negative infinity.
+    pub fn empty<'a>(&'a self, scores: &'a mut [f32]) -> impl Iterator<Item = &'a mut [f32]> {
+        scores.chunks_mut(BLOCK).zip(&self.of).filter(move |&(_, &peak)| peak == f32::NEG_INFINITY).map(|(block, _)| block)
+    }
+
+    /// Makes scores below `least` negative infinity; but not in blocks that have no others and are not NaN anywhere, which are
+    /// left as they are.
+    pub fn drop_below(&mut self, scores: &mut [f32], least: f32) {
+        by_vectors(DropBelow { scores, peaks: &mut self.of, nan: self.nan, least });
     }
 
     /// The sum of `exp(score - max)` of each block.
@@ -99,52 +143,6 @@ fn larger(max: f32, score: f32) -> f32 {
     if score > max { score } else { max }
 }
 
-/// What is left after whole blocks, filled up with negative infinity.
-#[inline(always)]
-fn filled(rest: &[f32]) -> [f32; BLOCK] {
-    let mut block = [f32::NEG_INFINITY; BLOCK];
-    block[..rest.len()].copy_from_slice(rest);
-    block
-}
-
-struct Highest<'a>(&'a [f32]);
-
-impl Loop for Highest<'_> {
-    type Out = Peaks;
-
-    #[inline(always)]
-    fn run(self) -> Peaks {
-        let (blocks, rest) = self.0.as_chunks();
-        let mut of = vec![f32::NEG_INFINITY; self.0.len().div_ceil(BLOCK)];
-        // NaN for each lane in which one was seen, 0 for the others.
-        let mut nan = [0.0; 16];
-        for (peak, block) in of.iter_mut().zip(blocks) {
-            *peak = highest(block, &mut nan);
-        }
-        if let (Some(peak), false) = (of.last_mut(), rest.is_empty()) {
-            *peak = highest(&filled(rest), &mut nan);
-        }
-        Peaks { of, nan: nan.iter().any(|lane| lane.is_nan()) }
-    }
-}
-
-#[inline(always)]
-fn highest(block: &[f32; BLOCK], nan: &mut [f32; 16]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    for chunk in block.as_chunks::<16>().0 {
-        for i in 0..16 {
-            lanes[i] = larger(lanes[i], chunk[i]);
-            nan[i] = if chunk[i].is_nan() { chunk[i] } else { nan[i] };
-        }
-    }
-    for width in [8, 4, 2, 1] {
-        for i in 0..width {
-            lanes[i] = larger(lanes[i], lanes[i + width]);
-        }
-    }
-    lanes[0]
-}
-
 /// The sum of `exp(score - max)` of each block; in `MOMENT` times `score - max`.
 struct Sums<'a, const MOMENT: bool> {
     scores: &'a [f32],
@@ -165,7 +163,9 @@ impl<const MOMENT: bool> Loop for Sums<'_, MOMENT> {
                 *sum = sum_of::<MOMENT>(block, self.max);
             }
         }
-        if let (Some(sum), false) = (sums.last_mut(), rest.is_empty()) {
+        if let (Some(sum), Some(&peak), false) = (sums.last_mut(), self.peaks.last(), rest.is_empty())
+            && peak > f32::NEG_INFINITY
+        {
             *sum = sum_of::<MOMENT>(&filled(rest), self.max);
         }
         sums
@@ -206,9 +206,31 @@ impl Loop for Lower<'_> {
     }
 }
 
+/// Divides each score.
+pub(super) fn divide(scores: &mut [f32], by: f32) {
+    by_vectors(Divide { scores, by });
+}
+
+struct Divide<'a> {
+    scores: &'a mut [f32],
+    by: f32,
+}
+
+impl Loop for Divide<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run(self) {
+        for score in self.scores {
+            *score /= self.by;
+        }
+    }
+}
+
 struct DropBelow<'a> {
     scores: &'a mut [f32],
-    peaks: &'a [f32],
+    peaks: &'a mut [f32],
+    nan: bool,
     least: f32,
 }
 
@@ -217,13 +239,16 @@ impl Loop for DropBelow<'_> {
 
     #[inline(always)]
     fn run(self) {
-        for (block, &peak) in self.scores.chunks_mut(BLOCK).zip(self.peaks) {
-            // Nothing is left to drop in most after a `top_k`.
-            if peak > f32::NEG_INFINITY {
+        for (block, peak) in self.scores.chunks_mut(BLOCK).zip(self.peaks) {
+            let all = *peak < self.least;
+            if *peak > f32::NEG_INFINITY && (self.nan || !all) {
                 for score in block {
                     // Adding -0 changes nothing. A choice of what to store would be stored under a mask, which is slow on some processors.
                     *score += if *score < self.least { f32::NEG_INFINITY } else { -0.0 };
                 }
+            }
+            if all {
+                *peak = f32::NEG_INFINITY;
             }
         }
     }
@@ -256,6 +281,19 @@ mod tests {
         values.iter().map(|value| u64::from(value.to_bits())).collect()
     }
 
+    struct Blocks<'a>(&'a [f32]);
+
+    impl Loop for Blocks<'_> {
+        type Out = Vec<f32>;
+
+        #[inline(always)]
+        fn run(self) -> Vec<f32> {
+            let mut peaks = vec![0.0; self.0.len().div_ceil(BLOCK)];
+            Highest { values: self.0, peaks: &mut peaks }.run();
+            peaks
+        }
+    }
+
     #[test]
     fn vectors_do_what_plain_loops_do() {
         for row in rows() {
@@ -264,8 +302,10 @@ mod tests {
             let highest = row.chunks(BLOCK).map(|block| block.iter().filter(possible).fold(f32::NEG_INFINITY, |a, &b| a.max(b)));
             assert!(peaks.of.iter().copied().eq(highest));
             assert_eq!(peaks.nan(), row.iter().any(|score| score.is_nan()));
-            let found = bits(|| Highest(&row), |peaks| [wide(&peaks.of), vec![peaks.nan.into()]].concat());
-            assert_eq!(found.len(), peaks.of.len() + 1);
+            let nans = bits(|| Blocks(&row), |peaks| peaks.iter().map(|peak| u64::from(peak.is_nan())).collect());
+            assert!(row.chunks(BLOCK).map(|block| u64::from(block.iter().any(|score| score.is_nan()))).eq(nans));
+            let peaks_of = |peaks: Vec<f32>| peaks.iter().map(|peak| if peak.is_nan() { 0 } else { u64::from(peak.to_bits()) }).collect();
+            bits(|| Blocks(&row), peaks_of);
 
             let max = peaks.max().min(50.0);
             let of = |sums: Vec<f64>| sums.into_iter().map(f64::to_bits).collect();
@@ -278,10 +318,13 @@ mod tests {
             }
 
             for least in [f32::NEG_INFINITY, -1.5, 0.0, 1e-40, f32::INFINITY] {
-                let mut dropped = row.clone();
-                peaks.drop_below(&mut dropped, least);
+                let (mut dropped, mut after) = (row.clone(), peaks.clone());
+                after.drop_below(&mut dropped, least);
                 let plain: Vec<f32> = row.iter().map(|&score| if score < least { f32::NEG_INFINITY } else { score }).collect();
-                assert_eq!(wide(&dropped), wide(&plain));
+                assert_eq!(after.of, Peaks::of(&plain).of);
+                for ((left, plain), &peak) in dropped.chunks(BLOCK).zip(plain.chunks(BLOCK)).zip(&after.of) {
+                    assert!(wide(left) == wide(plain) || peak == f32::NEG_INFINITY && !after.nan);
+                }
             }
             let mut lowered = row.clone();
             lower(&mut lowered, 1.5, 0.25);

@@ -1,6 +1,6 @@
 //! The distribution of a row of scores: its maximum, its normaliser, its entropy.
 
-use super::scan::{self, Peaks, exp};
+use super::scan::{Peaks, exp};
 
 /// Probabilities of a row: `exp(score - max) / sum`.
 #[derive(Debug, Clone, Copy)]
@@ -46,13 +46,6 @@ impl Softmax {
     pub fn entropy(&self, scores: &[f32]) -> f64 {
         self.sum.ln() - Peaks::of(scores).moment(scores, self.max) / self.sum
     }
-}
-
-/// Makes scores log-probabilities. `false`, and nothing is changed, if the row has no distribution.
-pub(crate) fn log_softmax(scores: &mut [f32]) -> bool {
-    let Some(row) = Softmax::of(scores) else { return false };
-    scan::lower(scores, row.max, row.sum.ln() as f32);
-    true
 }
 
 #[cfg(test)]

@@ -1,10 +1,6 @@
 //! Processors that shape the distribution before a draw.
 
-use super::{
-    History, LogitsProcessor, decimal, pick, rank,
-    scan::Peaks,
-    softmax::{Softmax, log_softmax},
-};
+use super::{History, LogitsProcessor, Scores, decimal, pick, rank, scan::Peaks, softmax::Softmax};
 use crate::error::Result;
 
 /// Divides by the temperature (`temperature`).
@@ -92,10 +88,12 @@ impl LogitsProcessor for Temperature {
         "temperature"
     }
 
-    fn process(&self, _: &History<'_>, scores: &mut [f32]) -> Result<()> {
-        for score in scores {
-            *score /= self.temperature;
-        }
+    fn process(&self, history: &History<'_>, scores: &mut [f32]) -> Result<()> {
+        Scores::over(scores, |scores| self.shape(history, scores))
+    }
+
+    fn shape(&self, _: &History<'_>, scores: &mut Scores<'_>) -> Result<()> {
+        scores.divide(self.temperature);
         Ok(())
     }
 }
@@ -129,15 +127,14 @@ impl LogitsProcessor for TopNSigma {
     }
 
     fn process(&self, _: &History<'_>, scores: &mut [f32]) -> Result<()> {
-        let peaks = Peaks::of(scores);
-        let Some(row) = Softmax::within(scores, &peaks) else { return Ok(()) };
+        let Some(row) = Softmax::of(scores) else { return Ok(()) };
         // Of what is possible: a ban must not move the cutoff.
         let possible = || scores.iter().filter(|score| score.is_finite()).map(|&score| f64::from(score - row.max));
         let (count, sum) = possible().fold((0.0, 0.0), |(count, sum), below| (count + 1.0, sum + below));
         let mean = sum / count;
         let deviation = (possible().map(|below| (below - mean).powi(2)).sum::<f64>() / count).sqrt();
         let cutoff = row.max - (f64::from(self.top_n_sigma) * deviation) as f32;
-        peaks.drop_below(scores, cutoff);
+        Scores::over(scores, |scores| scores.drop_below(cutoff));
         Ok(())
     }
 }
@@ -147,10 +144,14 @@ impl LogitsProcessor for TopK {
         "top_k"
     }
 
-    fn process(&self, _: &History<'_>, scores: &mut [f32]) -> Result<()> {
-        let peaks = Peaks::of(scores);
-        let worst = rank::nth(scores, &peaks, self.top_k.max(self.min_tokens_to_keep));
-        peaks.drop_below(scores, worst);
+    fn process(&self, history: &History<'_>, scores: &mut [f32]) -> Result<()> {
+        Scores::over(scores, |scores| self.shape(history, scores))
+    }
+
+    fn shape(&self, _: &History<'_>, scores: &mut Scores<'_>) -> Result<()> {
+        let (values, peaks) = scores.parts();
+        let worst = rank::nth(values, peaks, self.top_k.max(self.min_tokens_to_keep));
+        scores.drop_below(worst);
         Ok(())
     }
 }
@@ -160,14 +161,18 @@ impl LogitsProcessor for TopP {
         "top_p"
     }
 
-    fn process(&self, _: &History<'_>, scores: &mut [f32]) -> Result<()> {
-        let peaks = Peaks::of(scores);
-        let Some(row) = Softmax::within(scores, &peaks) else { return Ok(()) };
+    fn process(&self, history: &History<'_>, scores: &mut [f32]) -> Result<()> {
+        Scores::over(scores, |scores| self.shape(history, scores))
+    }
+
+    fn shape(&self, _: &History<'_>, scores: &mut Scores<'_>) -> Result<()> {
+        let (values, peaks) = scores.parts();
+        let Some(row) = Softmax::within(values, peaks) else { return Ok(()) };
         let rest = (1.0 - decimal(self.top_p)) as f32;
         // All tokens less likely than rest / n together do not exceed the rest, so none of them is kept. The half leaves
         // room for rounding.
-        let cutoff = row.score(0.5 * f64::from(rest) / scores.len() as f64);
-        let (mut keys, cutoff) = candidates(scores, &peaks, cutoff, self.min_tokens_to_keep, |score| score);
+        let cutoff = row.score(0.5 * f64::from(rest) / values.len() as f64);
+        let (mut keys, cutoff) = candidates(values, peaks, cutoff, self.min_tokens_to_keep, |score| score);
         let weight = |key| row.weight(rank::rank(key));
         let below = row.sum - keys.iter().map(|&key| f64::from(weight(key))).sum::<f64>();
         // HF: seen from the least likely token and, of equals, the first; one goes if up to it there is at most 1 - top_p.
@@ -176,7 +181,7 @@ impl LogitsProcessor for TopP {
         if dropped > most {
             rank::first(&mut keys, most);
         }
-        peaks.drop_below(scores, cutoff.next_up());
+        scores.drop_below(cutoff.next_up());
         drop_keys(scores, keys.into_iter().take(dropped.min(most)));
         Ok(())
     }
@@ -219,8 +224,10 @@ impl LogitsProcessor for Typical {
         if last < self.min_tokens_to_keep {
             rank::first(&mut keys, self.min_tokens_to_keep);
         }
-        peaks.drop_below(scores, cutoff.next_up());
-        drop_keys(scores, keys.into_iter().skip(self.min_tokens_to_keep).filter(|&key| rank::rank(key) > limit));
+        Scores::over(scores, |scores| {
+            scores.drop_below(cutoff.next_up());
+            drop_keys(scores, keys.into_iter().skip(self.min_tokens_to_keep).filter(|&key| rank::rank(key) > limit));
+        });
         Ok(())
     }
 }
@@ -256,8 +263,12 @@ impl LogitsProcessor for Renormalize {
         "renormalize_logits"
     }
 
-    fn process(&self, _: &History<'_>, scores: &mut [f32]) -> Result<()> {
-        log_softmax(scores);
+    fn process(&self, history: &History<'_>, scores: &mut [f32]) -> Result<()> {
+        Scores::over(scores, |scores| self.shape(history, scores))
+    }
+
+    fn shape(&self, _: &History<'_>, scores: &mut Scores<'_>) -> Result<()> {
+        scores.log_softmax();
         Ok(())
     }
 }
@@ -283,11 +294,9 @@ fn drop_if(scores: &mut [f32], unwanted: impl Fn(f32) -> bool) {
     }
 }
 
-fn drop_keys(scores: &mut [f32], keys: impl Iterator<Item = u64>) {
+fn drop_keys(scores: &mut Scores<'_>, keys: impl Iterator<Item = u64>) {
     for key in keys {
-        if let Some(score) = scores.get_mut(rank::id(key)) {
-            *score = f32::NEG_INFINITY;
-        }
+        scores.set(rank::id(key) as u32, f32::NEG_INFINITY);
     }
 }
 

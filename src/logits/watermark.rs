@@ -1,6 +1,6 @@
 //! The green-list watermark (<https://arxiv.org/abs/2306.04634>) and its detector; transformers finds the same marks.
 
-use super::{History, LogitsProcessor, rank, twister::Twister};
+use super::{History, LogitsProcessor, pick, twister::Twister};
 use crate::error::{Error, Problem, Result};
 use serde::{Deserialize, Serialize};
 use std::{collections::HashMap, sync::Arc};
@@ -162,15 +162,13 @@ impl LogitsProcessor for Watermark {
             None => self.lists.generator(tokens).permutation(len, self.lists.size(len)),
             Some(_) => {
                 let mut window = tokens[tokens.len() + 1 - self.lists.width..].to_vec();
-                let mut best = rank::largest(scores, CANDIDATES);
-                best.sort_unstable();
                 let green = |&id: &u32| {
                     window.push(id);
                     let green = self.lists.green(&window, id, len);
                     window.pop();
                     green
                 };
-                best.into_iter().map(|key| rank::id(key) as u32).filter(green).collect()
+                pick::top(scores, CANDIDATES).into_iter().map(|(id, _)| id).filter(green).collect()
             }
         };
         for id in green {

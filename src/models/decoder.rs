@@ -146,7 +146,7 @@ impl<O: Ops> Decoder<O> {
     }
 
     /// The logits of states that the final norm has touched.
-    fn logits(&self, x: O::Act) -> Result<Values> {
+    fn logits(&self, x: O::Act) -> Result<Forward> {
         let x = match self.head_scale {
             Some(scale) => self.ops.scale(x, scale)?,
             None => x,
@@ -190,22 +190,22 @@ impl<O: Ops> Decoder<O> {
         let x = self.outward(x)?;
         match pass.want {
             Want::Hidden => {
-                let logits = self.logits(ops.select(&x, &pass.read)?)?;
+                let forward = self.logits(ops.select(&x, &pass.read)?)?;
                 let x = if pass.new.len() < pass.ids.len() { ops.select(&x, &pass.new)? } else { x };
-                Ok(Forward { logits, hidden: ops.values(x)? })
+                Ok(Forward { hidden: ops.values(x)?, ..forward })
             }
             Want::Layers(_) => {
                 let head = self.head.as_ref().unwrap_or(&self.embedding);
                 let mut layers = Vec::with_capacity(early.len() + 1);
                 early.sort_by_key(|(place, _)| *place);
                 for (_, state) in early {
-                    layers.push(ops.logits(head, &self.outward(state?)?, None)?.into_host()?);
+                    layers.push(ops.logits(head, &self.outward(state?)?, None)?.logits.into_host()?);
                 }
-                layers.push(self.logits(x)?.into_host()?);
+                layers.push(self.logits(x)?.logits.into_host()?);
                 let row = |row: usize| layers.iter().flat_map(move |logits| &logits[row * self.info.vocab_size..][..self.info.vocab_size]);
                 Ok(Values::Host((0..pass.read.len()).flat_map(row).copied().collect()).into())
             }
-            _ => Ok(self.logits(x)?.into()),
+            _ => self.logits(x),
         }
     }
 }

@@ -35,11 +35,10 @@ struct Prompt {
 impl Search for Beam {
     fn step(&mut self, turn: &mut Turn<'_>) -> Result<()> {
         let mut logits = turn.logits()?;
-        let vocab_size = turn.model.info().vocab_size;
         let mut from = 0;
         for rows in by_prompt(mem::take(turn.rows)) {
-            let logits = &mut logits[from..][..rows.len() * vocab_size];
-            from += logits.len();
+            let logits = logits.part(from..from + rows.len());
+            from += rows.len();
             let index = rows[0].prompt;
             let mut prompt = self.prompts.remove(&index).unwrap_or_else(|| Prompt::new(turn.plan, &rows[0]));
             let live = prompt.step(rows, logits, turn)?;
@@ -112,7 +111,7 @@ impl Prompt {
     }
 
     /// The next beams of all groups; none once all are done.
-    fn step(&mut self, rows: Vec<Row>, logits: &mut [f32], turn: &Turn<'_>) -> Result<Vec<Row>> {
+    fn step(&mut self, rows: Vec<Row>, (logits, peaks): (&mut [f32], &[f32]), turn: &Turn<'_>) -> Result<Vec<Row>> {
         let begins = rows[0].generated().is_empty();
         let mut ground = Ground {
             plan: turn.plan,
@@ -120,6 +119,7 @@ impl Prompt {
             started: turn.started,
             vocab_size: logits.len() / rows.len(),
             logits,
+            peaks,
             shared: begins && self.groups.len() > 1,
             rows: rows.into_iter().map(Some).collect(),
             taken: Vec::new(),

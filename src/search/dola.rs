@@ -1,7 +1,11 @@
 //! DoLa: greedy search or sampling over what the last layer adds to an early one.
 
 use super::{Search, Turn, each, single::Single};
-use crate::{config::DolaLayers, error::Result, logits::dola};
+use crate::{
+    config::DolaLayers,
+    error::Result,
+    logits::{Scores, dola},
+};
 
 /// The candidate layers, and how tokens are chosen.
 pub(super) struct Dola {
@@ -26,7 +30,7 @@ impl Search for Dola {
             let (early, scores) = logits.split_at_mut(vocab_size * layers.len());
             let raw = plan.record.needs_raw().then(|| scores.to_vec());
             dola::contrast(scores, early);
-            single.take(row, raw.as_deref(), scores, plan, started)
+            single.take(row, raw.as_deref(), &mut Scores::new(scores), plan, started)
         })?;
         Ok(())
     }

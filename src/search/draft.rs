@@ -3,7 +3,7 @@
 use super::{Turn, compute, host, speculative::DRAFT, start};
 use crate::{
     error::Result,
-    logits::{self, History, pick},
+    logits::{self, History, Scores, pick},
     model::{Cache, Context, Feed, Model, Room, Start, Want},
     plan::{Capacity, Draft, Plan},
     rows::Row,
@@ -113,7 +113,8 @@ fn allowed(tokens: &[u32], row: &Row, turn: &Turn<'_>, first: &mut Option<Vec<f3
     let mut text = row.tokens.clone();
     let left = |text: &[u32]| {
         let mut scores = vec![1.0; turn.model.info().vocab_size];
-        if logits::run(processors, &History { tokens: text, ..row.history() }, &mut scores).is_err() {
+        let history = History { tokens: text, ..row.history() };
+        if Scores::over(&mut scores, |scores| logits::run(processors, &history, scores)).is_err() {
             scores.fill(f32::NEG_INFINITY);
         }
         scores
@@ -266,11 +267,12 @@ impl Writer {
     /// Adds a token to a draft; whether it goes on.
     fn choose(&self, page: &mut Page, row: &Row, mut scores: Vec<f32>, plan: &Plan) -> bool {
         // What goes wrong here goes wrong on a guess: the row itself may never come there.
-        if logits::run(&plan.processors, &History { tokens: &page.text, ..row.history() }, &mut scores).is_err() {
-            return false;
-        }
+        let history = History { tokens: &page.text, ..row.history() };
         let step = (page.text.len() - row.prompt_len) as u64;
-        let token = if self.sample { pick::sample(&scores, pick::uniform_of(row.seed, DRAFT, step)) } else { pick::argmax(&scores) };
+        let token = Scores::over(&mut scores, |scores| {
+            logits::run(&plan.processors, &history, scores).ok()?;
+            if self.sample { scores.sample(pick::uniform_of(row.seed, DRAFT, step)) } else { scores.argmax() }
+        });
         let Some(token) = token else { return false };
         page.text.push(token);
         page.draft.tokens.push(token);

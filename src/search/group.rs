@@ -8,8 +8,8 @@ use super::{
 use crate::{
     config::{EarlyStopping, Strategy},
     error::{Error, Result},
-    logits::{self, History, pick},
-    model::Model,
+    logits::{self, History, Scores, pick},
+    model::{Model, PEAK},
     output::FinishReason,
     plan::Plan,
     rows::Row,
@@ -62,6 +62,8 @@ pub(super) struct Ground<'a> {
     pub rows: Vec<Option<Row>>,
     /// The model's logits after each row, which become what processors make of them.
     pub logits: &'a mut [f32],
+    /// The largest of each block of them; none if they are not known.
+    pub peaks: &'a [f32],
     /// Whether all groups begin with the same row.
     pub shared: bool,
     /// The tokens that the groups chose so far.
@@ -112,10 +114,12 @@ impl Group {
             return Ok(Vec::new());
         }
         let scores = from * ground.vocab_size..(from + self.scores.len()) * ground.vocab_size;
+        let blocks = ground.vocab_size.div_ceil(PEAK);
+        let peaks = from * blocks..(from + self.scores.len()) * blocks;
         let raw = plan.record.needs_raw().then(|| ground.logits[scores.clone()].to_vec());
         let mut own = ground.shared.then(|| ground.logits[scores.clone()].to_vec());
         let best = self.process(
-            own.as_deref_mut().unwrap_or(&mut ground.logits[scores.clone()]),
+            (own.as_deref_mut().unwrap_or(&mut ground.logits[scores.clone()]), ground.peaks.get(peaks).unwrap_or_default()),
             &ground.rows[from..],
             &ground.taken,
             plan,
@@ -201,21 +205,33 @@ impl Group {
     }
 
     /// Makes the logits after each of `rows` processed log-probabilities; of each the best, so many as are looked at.
-    fn process(&mut self, logits: &mut [f32], rows: &[Option<Row>], taken: &[u32], plan: &Plan, model: &dyn Model) -> Result<Vec<Best>> {
+    fn process(
+        &mut self,
+        (logits, peaks): (&mut [f32], &[f32]),
+        rows: &[Option<Row>],
+        taken: &[u32],
+        plan: &Plan,
+        model: &dyn Model,
+    ) -> Result<Vec<Best>> {
         let size = logits.len() / self.scores.len();
         let histories = rows.iter().flatten().map(|row| History { taken, ..row.history() });
-        let beams = histories.zip(logits.chunks_exact_mut(size)).collect();
+        let mut peaks = peaks.chunks(size.div_ceil(PEAK));
+        let scores = logits.chunks_exact_mut(size).map(|scores| Scores::known(scores, peaks.next().unwrap_or_default()));
+        let beams = histories.zip(scores).collect();
         let count = if let Strategy::BeamSample { .. } = plan.strategy { 0 } else { self.looked_at(plan) };
-        let results = each(model, plan, beams, |(history, scores)| {
-            if !logits::log_softmax(scores) && scores.iter().any(|&score| score != f32::NEG_INFINITY) {
+        let results = each(model, plan, beams, |(history, mut scores)| {
+            if !scores.log_softmax() && scores.values().iter().any(|&score| score != f32::NEG_INFINITY) {
                 // HF: one logit that is not a number leaves no log-probability; remove_invalid_values then makes all of them 0.
-                scores.fill(f32::NAN);
+                scores.values_mut().fill(f32::NAN);
             }
-            match logits::run(&plan.processors, &history, scores) {
+            let result = match logits::run(&plan.processors, &history, &mut scores) {
                 // HF: a beam without a possible token is left behind while others go on.
-                Err(error) if scores.iter().all(|&score| score == f32::NEG_INFINITY) => Ok((Vec::new(), Some(error))),
-                result => result.map(|()| (pick::top(scores, count), None)),
-            }
+                Err(error) if scores.values().iter().all(|&score| score == f32::NEG_INFINITY) => Ok((Vec::new(), Some(error))),
+                result => result.map(|()| (scores.top(count), None)),
+            };
+            // Others read them.
+            scores.values();
+            result
         })?;
         let (best, stuck): (_, Vec<_>) = results.into_iter().unzip();
         self.stuck = stuck.into_iter().flatten().next_back().or(self.stuck.take());

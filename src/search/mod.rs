@@ -13,14 +13,15 @@ mod speculative;
 use crate::{
     config::Strategy,
     error::{Error, Result},
-    logits,
-    model::{Cache, Feed, Forward, Model, Room, Start, Values, Want},
+    logits::{self, Scores},
+    model::{Cache, Feed, Forward, Model, PEAK, Room, Start, Values, Want},
     output::{FinishReason, Piece},
     plan::Plan,
     rows::Row,
     trace::Beam,
 };
 use std::{
+    ops::Range,
     sync::Mutex,
     time::{Duration, Instant},
 };
@@ -152,23 +153,50 @@ pub fn host(logits: Values, rows: usize, vocab_size: usize) -> Result<Vec<f32>> 
     Ok(logits)
 }
 
+/// The logits of some rows, with the largest of each block of a row if they are known.
+pub struct Logits {
+    values: Vec<f32>,
+    peaks: Vec<f32>,
+    vocab_size: usize,
+}
+
+impl Logits {
+    /// Those of each row.
+    pub fn rows(&mut self) -> impl Iterator<Item = Scores<'_>> {
+        let mut peaks = self.peaks.chunks(self.vocab_size.div_ceil(PEAK).max(1));
+        self.values.chunks_exact_mut(self.vocab_size).map(move |values| Scores::known(values, peaks.next().unwrap_or_default()))
+    }
+
+    /// Those of some rows, and the largest of each block of them or none.
+    pub fn part(&mut self, rows: Range<usize>) -> (&mut [f32], &[f32]) {
+        let part = |size: usize| rows.start * size..rows.end * size;
+        let peaks = self.peaks.get(part(self.vocab_size.div_ceil(PEAK))).unwrap_or_default();
+        (&mut self.values[part(self.vocab_size)], peaks)
+    }
+}
+
 impl Turn<'_> {
     /// Computes the pending tokens of every row in one pass; the logits after each row's last, row after row. Second contexts are
     /// computed in the same pass, and their logits left in their rows for the processors.
-    pub fn logits(&mut self) -> Result<Vec<f32>> {
+    pub fn logits(&mut self) -> Result<Logits> {
         let (rows, vocab_size) = (self.rows.len(), self.model.info().vocab_size);
-        let logits = self.pass(Want::Last)?;
+        let Forward { logits, mut peaks, .. } = self.pass(Want::Last)?;
         let guides = self.rows.iter().filter(|row| row.guide.is_some()).count();
-        let mut logits = host(logits, rows + guides, vocab_size)?;
-        let unconditional = logits.split_off(rows * vocab_size);
+        let mut values = host(logits, rows + guides, vocab_size)?;
+        let expected = (rows + guides) * vocab_size.div_ceil(PEAK);
+        if !peaks.is_empty() && peaks.len() != expected {
+            return Err(Error::Unsupported(format!("the model returned {} peaks of logits, {expected} were expected", peaks.len())));
+        }
+        let unconditional = values.split_off(rows * vocab_size);
+        peaks.truncate(rows * vocab_size.div_ceil(PEAK));
         let guides = self.rows.iter_mut().filter_map(|row| row.guide.as_mut());
         guides.zip(unconditional.chunks_exact(vocab_size)).for_each(|(guide, logits)| guide.logits = logits.into());
-        Ok(logits)
+        Ok(Logits { values, peaks, vocab_size })
     }
 
     /// As [`Turn::logits`], of rows without second contexts: for each row those of early layers and then its own.
     pub fn layers(&mut self, layers: &[usize]) -> Result<Vec<f32>> {
-        let logits = self.pass(Want::Layers(layers))?;
+        let logits = self.pass(Want::Layers(layers))?.logits;
         host(logits, self.rows.len() * (layers.len() + 1), self.model.info().vocab_size)
     }
 
@@ -185,7 +213,7 @@ impl Turn<'_> {
     }
 
     // Feeds what is pending: the rows, then the second contexts.
-    fn pass(&mut self, want: Want<'_>) -> Result<Values> {
+    fn pass(&mut self, want: Want<'_>) -> Result<Forward> {
         self.ready()?;
         let pending: Vec<_> = self.rows.iter().map(Row::guide_pending).collect();
         let (mut feeds, mut guides) = (Vec::with_capacity(self.rows.len()), Vec::new());
@@ -196,12 +224,12 @@ impl Turn<'_> {
             feeds.push(own_feed(&row.tokens, row.cache.as_mut()));
         }
         feeds.extend(guides);
-        Ok(compute(self.model, &mut feeds, want, self.forward)?.logits)
+        compute(self.model, &mut feeds, want, self.forward)
     }
 
     /// Runs the processors over the scores of one row.
     pub fn process(&self, row: &Row, scores: &mut [f32]) -> Result<()> {
-        logits::run(&self.plan.processors, &row.history(), scores)
+        Scores::over(scores, |scores| logits::run(&self.plan.processors, &row.history(), scores))
     }
 
     // Without a cache, every step computes the whole row.

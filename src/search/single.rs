@@ -3,8 +3,8 @@
 use super::{Search, Turn, each};
 use crate::{
     error::{Error, Result},
-    logits::{self, Draw, pick},
-    plan::Plan,
+    logits::{self, Draw, Scores},
+    plan::{Plan, Record},
     rows::Row,
 };
 use std::time::Instant;
@@ -22,10 +22,10 @@ impl Search for Single {
     fn step(&mut self, turn: &mut Turn<'_>) -> Result<()> {
         let mut logits = turn.logits()?;
         let (single, plan, started) = (*self, turn.plan, turn.started);
-        let rows = turn.rows.iter_mut().zip(logits.chunks_exact_mut(turn.model.info().vocab_size)).collect();
-        each(turn.model, plan, rows, |(row, scores)| {
-            let raw = plan.record.needs_raw().then(|| scores.to_vec());
-            single.take(row, raw.as_deref(), scores, plan, started)
+        let rows = turn.rows.iter_mut().zip(logits.rows()).collect();
+        each(turn.model, plan, rows, |(row, mut scores)| {
+            let raw = plan.record.needs_raw().then(|| scores.values().to_vec());
+            single.take(row, raw.as_deref(), &mut scores, plan, started)
         })?;
         Ok(())
     }
@@ -33,16 +33,18 @@ impl Search for Single {
 
 impl Single {
     /// Makes `row` longer by a token of `scores`; `raw` are the model's own logits where they are recorded.
-    pub fn take(self, row: &mut Row, raw: Option<&[f32]>, scores: &mut [f32], plan: &Plan, started: Instant) -> Result<()> {
+    pub fn take(self, row: &mut Row, raw: Option<&[f32]>, scores: &mut Scores<'_>, plan: &Plan, started: Instant) -> Result<()> {
         logits::run(&plan.processors, &row.history(), scores)?;
         let token = self.choose(scores, row, &plan.draw)?;
-        row.record(token, &plan.record, raw, scores);
+        if plan.record != Record::default() {
+            row.record(token, &plan.record, raw, scores.values());
+        }
         row.push(token, plan, started)
     }
 
-    fn choose(self, scores: &mut [f32], row: &mut Row, draw: &Draw) -> Result<u32> {
+    fn choose(self, scores: &mut Scores<'_>, row: &mut Row, draw: &Draw) -> Result<u32> {
         let token = match self {
-            Self::Greedy => pick::argmax(scores),
+            Self::Greedy => scores.argmax(),
             Self::Sample => draw.draw(scores, row.seed, row.generated().len() as u64, &mut row.surprise),
         };
         token.ok_or_else(|| Error::Processor { processor: "model".into(), reason: "no token has a score above negative infinity".into() })

@@ -324,7 +324,10 @@ fn is_allowed() -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::noise, *};
+    use super::{
+        super::{noise, target::Then},
+        *,
+    };
     use half::bf16;
 
     #[test]
@@ -342,7 +345,7 @@ mod tests {
             for rows in [0..1, 3..7, 1..17, 5..21, 2..34, 20..53, 40..70] {
                 for panels in [0..last, 0..1, last - 1..last, last / 2..last] {
                     let mut y = vec![-700.0; count * width];
-                    let target = &Target::new(&mut y, width, None, None);
+                    let target = &Target::new(&mut y, width, None, Then::Nothing);
                     // SAFETY: there is one thread.
                     unsafe { amx.product(&Block { x: &x, depth, lines: &lines, target, rows: rows.clone(), panels: panels.clone() }) };
                     for (i, y) in y.into_iter().enumerate() {

@@ -372,7 +372,7 @@ impl<T: Brain, const R: usize, const C: usize, const D: usize> Tiles for Columns
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::{
-        super::{isa::tests::vectorised, noise, ops},
+        super::{isa::tests::vectorised, noise, ops, target::Then},
         *,
     };
 
@@ -418,7 +418,7 @@ mod tests {
         fn product(&self, (unit, level): (Unit, Level), threads: usize, rows: Range<usize>) -> Vec<f32> {
             let (ops, x) = (ops(level, threads), &self.x[rows.start * self.inputs..rows.end * self.inputs]);
             let mut y = vec![f32::NAN; rows.len() * self.outputs];
-            ops.team.hold(|| unit.multiply(&ops, self.inputs, &self.lines, x, &Target::new(&mut y, self.outputs, None, None)));
+            ops.team.hold(|| unit.multiply(&ops, self.inputs, &self.lines, x, &Target::new(&mut y, self.outputs, None, Then::Nothing)));
             y
         }
 

@@ -11,6 +11,7 @@ mod isa;
 pub(crate) mod line;
 mod math;
 mod panels;
+mod peaks;
 mod pointwise;
 mod rope;
 pub(crate) mod scratch;
@@ -25,7 +26,7 @@ use super::{Activation, Attention, AttnImplementation, Matrix, Norm, Ops, Picks,
 use crate::{
     cache::Pages,
     error::Result,
-    model::{Room, Values},
+    model::{Forward, Room, Values},
 };
 use arena::Arena;
 use attention::Reader;
@@ -35,8 +36,10 @@ use isa::Level;
 #[cfg(test)]
 pub(crate) use isa::by_all_vectors;
 pub(crate) use isa::{Loop, by_vectors};
+pub(crate) use peaks::{BLOCK, Highest, filled};
 use scratch::{Buffer, Scratch};
 use std::{ops::Range, sync::Arc};
+use target::Then;
 use threads::Team;
 
 /// The operations on this processor.
@@ -136,14 +139,14 @@ impl Ops for CpuOps {
     fn linear(&self, weight: &panels::Weight, x: &Act) -> Result<Act> {
         debug_assert_eq!(weight.inputs(), x.width);
         let mut y = self.act(x.tokens(), weight.outputs());
-        weight.product(self, &x.data, &mut y.data, None);
+        weight.product(self, &x.data, &mut y.data, Then::Nothing);
         Ok(y)
     }
 
     fn linear_onto(&self, weight: &panels::Weight, x: &Act, mut onto: Act) -> Result<Act> {
         debug_assert_eq!((weight.inputs(), weight.outputs()), (x.width, onto.width));
         let mut y = self.act(x.tokens(), weight.outputs());
-        weight.product(self, &x.data, &mut y.data, Some(&mut onto.data));
+        weight.product(self, &x.data, &mut y.data, Then::Onto(&mut onto.data));
         Ok(onto)
     }
 
@@ -246,13 +249,17 @@ impl Ops for CpuOps {
         Ok(Values::Host(x.data.to_vec()))
     }
 
-    fn logits(&self, head: &panels::Weight, x: &Act, softcap: Option<f32>) -> Result<Values> {
+    fn logits(&self, head: &panels::Weight, x: &Act, softcap: Option<f32>) -> Result<Forward> {
         let mut logits = vec![0.0; x.tokens() * head.outputs()];
-        head.product(self, &x.data, &mut logits, None);
-        if let Some(cap) = softcap {
-            pointwise::softcap(self, cap, &mut logits);
+        let mut peaks = vec![0.0; if softcap.is_none() { x.tokens() * head.outputs().div_ceil(BLOCK) } else { 0 }];
+        match softcap {
+            Some(cap) => {
+                head.product(self, &x.data, &mut logits, Then::Nothing);
+                pointwise::softcap(self, cap, &mut logits);
+            }
+            None => head.product(self, &x.data, &mut logits, Then::Peaks(&mut peaks)),
         }
-        Ok(Values::Host(logits))
+        Ok(Forward { logits: Values::Host(logits), peaks, ..Forward::default() })
     }
 }
 
@@ -299,7 +306,7 @@ mod tests {
             let x = ops.embed(&table, &[2, 0, 1])?;
             let x = ops.add(ops.scale(x.clone(), 10.0)?, &x)?;
             let x = ops.select(&x, &[2, 0])?;
-            Ok([None, Some(50.0)].map(|cap| ops.logits(&table, &x, cap).unwrap().into_host().unwrap()))
+            Ok([None, Some(50.0)].map(|cap| ops.logits(&table, &x, cap).unwrap().logits.into_host().unwrap()))
         });
         let logits = logits.unwrap();
         assert_eq!(logits[0], [0.0, 44.0, 66.0, 33.0, 66.0, 198.0]);

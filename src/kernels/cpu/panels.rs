@@ -6,7 +6,7 @@ use super::{
     brains,
     isa::{Isa, Level, Task},
     line::{Bf16, F16, F32, LANES, Line},
-    target::{Bands, Target},
+    target::{Bands, Target, Then},
     threads::Team,
     tile::{ROWS, Tiles, interleave, is_wide, multiply, tiled},
 };
@@ -87,15 +87,15 @@ impl Weight {
         }
     }
 
-    /// `x * weight^T + bias` to `y`, `(rows, outputs)`, of `x` `(rows, inputs)`; with `onto` added to that, and `y` is scratch.
-    pub(super) fn product(&self, ops: &CpuOps, x: &[f32], y: &mut [f32], onto: Option<&mut [f32]>) {
+    /// `x * weight^T + bias` to `y`, `(rows, outputs)`, of `x` `(rows, inputs)`.
+    pub(super) fn product(&self, ops: &CpuOps, x: &[f32], y: &mut [f32], then: Then<&mut [f32]>) {
         match &self.panels {
-            Panels::F32(lines) => self.multiply(ops, lines, x, y, onto),
+            Panels::F32(lines) => self.multiply(ops, lines, x, y, then),
             Panels::Bf16(lines) if ops.dtype == DType::BF16 => {
-                brains::multiply(ops, self.inputs, lines, x, &Target::new(y, self.outputs, self.bias.as_deref(), onto));
+                brains::multiply(ops, self.inputs, lines, x, &Target::new(y, self.outputs, self.bias.as_deref(), then));
             }
-            Panels::Bf16(lines) => self.multiply(ops, lines, x, y, onto),
-            Panels::F16(lines) => self.multiply(ops, lines, x, y, onto),
+            Panels::Bf16(lines) => self.multiply(ops, lines, x, y, then),
+            Panels::F16(lines) => self.multiply(ops, lines, x, y, then),
         }
     }
 
@@ -111,10 +111,10 @@ impl Weight {
         });
     }
 
-    fn multiply<L: Line>(&self, ops: &CpuOps, lines: &[L], x: &[f32], y: &mut [f32], onto: Option<&mut [f32]>) {
+    fn multiply<L: Line>(&self, ops: &CpuOps, lines: &[L], x: &[f32], y: &mut [f32], then: Then<&mut [f32]>) {
         let rows = x.len() / self.inputs;
         debug_assert_eq!((x.len(), y.len()), (rows * self.inputs, rows * self.outputs));
-        let target = Target::new(y, self.outputs, self.bias.as_deref(), onto);
+        let target = Target::new(y, self.outputs, self.bias.as_deref(), then);
         let mut strips = ops.scratch.take(if rows > 1 { x.len() } else { 0 });
         let x = if rows > 1 {
             interleave(ops, x, self.inputs, &mut strips);
@@ -369,6 +369,7 @@ mod tests {
         super::{
             isa::{Level, tests::vectorised},
             noise, ops,
+            peaks::BLOCK,
         },
         *,
     };
@@ -412,7 +413,7 @@ mod tests {
 
     fn product(weight: &Weight, level: Level, threads: usize, x: &[f32]) -> Vec<f32> {
         let (ops, mut y) = (ops(level, threads), vec![f32::NAN; x.len() / weight.inputs * weight.outputs]);
-        ops.team.hold(|| weight.product(&ops, x, &mut y, None));
+        ops.team.hold(|| weight.product(&ops, x, &mut y, Then::Nothing));
         y
     }
 
@@ -469,9 +470,28 @@ mod tests {
         let (x, there) = (noise(101 * 700, 3), noise(101 * 100, 4));
         for rows in [1, 4, 101] {
             let (ops, mut onto) = (ops(Level::best(None), 2), there[..rows * 100].to_vec());
-            ops.team.hold(|| weight.product(&ops, &x[..rows * 700], &mut vec![0.0; rows * 100], Some(&mut onto)));
+            ops.team.hold(|| weight.product(&ops, &x[..rows * 700], &mut vec![0.0; rows * 100], Then::Onto(&mut onto)));
             let expected: Vec<f32> = best(&weight, &x[..rows * 700]).iter().zip(&there).map(|(y, there)| there + y).collect();
             assert!(onto == expected);
+        }
+    }
+
+    #[test]
+    fn a_product_notes_the_peaks_of_its_rows() {
+        for (outputs, inputs) in [(1, 3), (64, 3), (130, 31), (1_000, 700)] {
+            let bias = noise(outputs, 5);
+            let weight = pack(&[Source::new(DType::F32, outputs, inputs).matrix()], Some(&bias)).unwrap();
+            for (rows, level) in [1, 4, 7, 101].into_iter().flat_map(|rows| Level::all().into_iter().map(move |level| (rows, level))) {
+                let (x, ops, mut y) = (noise(rows * inputs, 3), ops(level, 2), vec![f32::NAN; rows * outputs]);
+                let mut peaks = vec![f32::NAN; rows * outputs.div_ceil(BLOCK)];
+                ops.team.hold(|| weight.product(&ops, &x, &mut y, Then::Peaks(&mut peaks)));
+                assert!(y == product(&weight, level, 2, &x));
+                let blocks = y.chunks(outputs).flat_map(|row| row.chunks(BLOCK));
+                assert!(
+                    blocks.map(|block| block.iter().copied().fold(f32::NEG_INFINITY, f32::max)).eq(peaks),
+                    "{outputs} {rows} {level:?}"
+                );
+            }
         }
     }
 
@@ -486,7 +506,7 @@ mod tests {
             let ops = CpuOps { dtype: DType::BF16, ..ops(Level::best(None), 2) };
             for rows in [1, 4, 101] {
                 let (mut y, mut onto) = (vec![f32::NAN; rows * 100], there[..rows * 100].to_vec());
-                ops.team.hold(|| weight.product(&ops, &x[..rows * 70], &mut y, Some(&mut onto)));
+                ops.team.hold(|| weight.product(&ops, &x[..rows * 70], &mut y, Then::Onto(&mut onto)));
                 for (i, &onto) in onto.iter().enumerate() {
                     let (x, w) = (&x[i / 100 * 70..][..70], &source.values[i % 100 * 70..][..70]);
                     let sum: f32 = x.iter().zip(w).map(|(&x, &w)| bf16::from_f32(x).to_f32() * w).sum();

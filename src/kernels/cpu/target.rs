@@ -1,8 +1,9 @@
-//! Where a product goes: its outputs, cut into pieces for the threads, and what is added to them at the end.
+//! Where a product goes: its outputs, cut into pieces for the threads, and what is done with them at the end.
 
 use super::{
-    isa::{Isa, Level},
+    isa::{Isa, Level, by_vectors},
     line::LANES,
+    peaks::{BLOCK, Highest},
     threads::{Shares, Team, part},
     tile::ROWS,
 };
@@ -14,8 +15,26 @@ pub(super) struct Target<'a> {
     rows: usize,
     width: usize,
     bias: Option<&'a [f32]>,
-    /// To what `y` with its bias is added; `y` is scratch then.
-    onto: Option<Shares<'a, f32>>,
+    then: Then<Shares<'a, f32>>,
+}
+
+/// What is done with outputs and their bias while they are at hand.
+pub(super) enum Then<T> {
+    Nothing,
+    /// They are added to this, and are scratch themselves.
+    Onto(T),
+    /// The largest of each block of a row is noted, as [`Highest`] does.
+    Peaks(T),
+}
+
+impl<T> Then<T> {
+    fn map<U>(self, f: impl FnOnce(T) -> U) -> Then<U> {
+        match self {
+            Self::Nothing => Then::Nothing,
+            Self::Onto(to) => Then::Onto(f(to)),
+            Self::Peaks(to) => Then::Peaks(f(to)),
+        }
+    }
 }
 
 /// How outputs are cut.
@@ -36,8 +55,8 @@ impl Bands {
 }
 
 impl<'a> Target<'a> {
-    pub(super) fn new(y: &'a mut [f32], width: usize, bias: Option<&'a [f32]>, onto: Option<&'a mut [f32]>) -> Self {
-        Self { rows: y.len() / width.max(1), y: Shares::new(y), width, bias, onto: onto.map(Shares::new) }
+    pub(super) fn new(y: &'a mut [f32], width: usize, bias: Option<&'a [f32]>, then: Then<&'a mut [f32]>) -> Self {
+        Self { rows: y.len() / width.max(1), y: Shares::new(y), width, bias, then: then.map(Shares::new) }
     }
 
     /// Has threads compute all outputs, each the panels of some rows by `f`. A panel is `inputs` inputs in `bytes` bytes of memory.
@@ -64,6 +83,7 @@ impl<'a> Target<'a> {
         };
         // Few rows take panels otherwise, and what is left of them costs little.
         let step = if rows > ROWS { bands.panels } else { 2 };
+        let step = if let Then::Peaks(_) = self.then { step.next_multiple_of(BLOCK / LANES) } else { step };
         let chunks = wanted.div_ceil(count).min(panels.div_ceil(step).max(1));
         team.run(count * chunks, |i| {
             let (at, chunk) = (i / chunks * band, i % chunks);
@@ -74,12 +94,12 @@ impl<'a> Target<'a> {
         });
     }
 
-    /// Adds the bias, then all to what it is added to.
+    /// Adds the bias, then does what is to be done.
     ///
     /// # Safety
-    /// No other thread accesses these outputs meanwhile.
+    /// No other thread accesses these outputs meanwhile, or what is done with them.
     unsafe fn finish(&self, rows: Range<usize>, panels: Range<usize>) {
-        if self.bias.is_none() && self.onto.is_none() {
+        if let (None, Then::Nothing) = (self.bias, &self.then) {
             return;
         }
         let columns = panels.start * LANES..self.width.min(panels.end * LANES);
@@ -90,9 +110,16 @@ impl<'a> Target<'a> {
             if let Some(bias) = self.bias {
                 y.iter_mut().zip(&bias[columns.clone()]).for_each(|(y, bias)| *y += bias);
             }
-            if let Some(onto) = &self.onto {
+            match &self.then {
+                Then::Nothing => {}
                 // SAFETY: as of this function.
-                unsafe { onto.slice(place) }.iter_mut().zip(y).for_each(|(onto, y)| *onto += *y);
+                Then::Onto(onto) => unsafe { onto.slice(place) }.iter_mut().zip(y).for_each(|(onto, y)| *onto += *y),
+                Then::Peaks(peaks) => {
+                    let first = row * self.width.div_ceil(BLOCK) + columns.start / BLOCK;
+                    // SAFETY: as of this function: pieces are whole blocks.
+                    let peaks = unsafe { peaks.slice(first..first + y.len().div_ceil(BLOCK)) };
+                    by_vectors(Highest { values: y, peaks });
+                }
             }
         }
     }
