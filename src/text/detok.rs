@@ -53,6 +53,17 @@ impl Detokenizer {
 
     /// Takes the row's next id and gives the text that became certain.
     pub fn push(&mut self, id: u32) -> Result<String> {
+        if self.open == 0
+            && !self.shown.ends_with(REPLACEMENT)
+            && let Some(piece) = self.tokenizer.piece(id)
+        {
+            if !piece.is_empty() {
+                self.window.clear();
+                self.window.push(id);
+                piece.clone_into(&mut self.shown);
+            }
+            return Ok(piece.to_owned());
+        }
         if !visible(&self.tokenizer, id) {
             return Ok(String::new());
         }

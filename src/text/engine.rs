@@ -2,6 +2,7 @@
 
 use super::{spm::Slow, tokenizer::guard};
 use std::collections::HashSet;
+use tokenizers::DecoderWrapper;
 
 /// What turns text into ids and back.
 pub(super) enum Engine {
@@ -33,6 +34,11 @@ impl Engine {
             Self::Tokenizers(inner) => guard(|| inner.decode(ids, skip_special_tokens)),
             Self::Sentencepiece(inner) => Ok(inner.decode(ids, skip_special_tokens)),
         }
+    }
+
+    /// Whether the bytes of a text are those of its tokens, one after another.
+    pub fn joins(&self) -> bool {
+        matches!(self, Self::Tokenizers(inner) if matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_))))
     }
 
     /// Whether decoded text loses the white space at its ends.

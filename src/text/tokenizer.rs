@@ -32,6 +32,8 @@ struct Shared {
     named: BTreeMap<String, String>,
     special: HashSet<u32>,
     texts: OnceLock<Vec<(u32, String)>>,
+    /// What ids add to any text, each made when it is first asked for; nothing where that depends on the ids around it.
+    pieces: Box<[OnceLock<Option<Box<str>>>]>,
     /// A hash of the vocabulary.
     fingerprint: OnceLock<u64>,
     /// Whether decoded text is tidied up.
@@ -170,6 +172,17 @@ impl Tokenizer {
         Ok(if self.shared.tidy { TIDY.iter().fold(text, |text, (from, to)| text.replace(from, to)) } else { text })
     }
 
+    /// What an id adds to any text that ends in a whole character, nothing if it is no part of a text; `None` if that is not known,
+    /// or depends on the ids around it.
+    pub(super) fn piece(&self, id: u32) -> Option<&str> {
+        let piece = || {
+            let visible = !self.is_special(id) && self.token(id).is_some();
+            let text = if visible { self.decode(&[id], true).ok()? } else { String::new() };
+            (!text.contains(char::REPLACEMENT_CHARACTER)).then(|| text.into())
+        };
+        self.shared.pieces.get(id as usize)?.get_or_init(piece).as_deref()
+    }
+
     /// A text's beginning that tidying will leave as it is, whatever follows.
     pub(super) fn tidied<'a>(&self, text: &'a str) -> &'a str {
         // White space at the end of a text is not its own here.
@@ -271,8 +284,10 @@ impl Tokenizer {
             inner.with_padding(None);
             let _ = inner.with_truncation(None);
         }
+        let pieces = if engine.joins() && !tidy { engine.vocab_size(true) } else { 0 };
+        let pieces = (0..pieces).map(|_| OnceLock::new()).collect();
         let (special, texts, fingerprint) = (engine.special(), OnceLock::new(), OnceLock::new());
-        Self { shared: Arc::new(Shared { engine, languages, named, special, tidy, texts, fingerprint }) }
+        Self { shared: Arc::new(Shared { engine, languages, named, special, texts, pieces, fingerprint, tidy }) }
     }
 }
 
