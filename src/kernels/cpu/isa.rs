@@ -80,6 +80,17 @@ pub(super) fn dot<I: Isa>(isa: I, pairs: &[u16; 2 * LANES], x: [u16; 2], sum: I:
     isa.mul_add(isa.brains(pairs, 0), first, isa.mul_add(isa.brains(pairs, 1), second, sum))
 }
 
+/// Asks for a cache line, into the second-level cache, that is read later. Any address will do.
+pub(super) fn prefetch(from: usize) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE is part of the baseline, and a prefetch of any address does no harm.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(std::ptr::without_provenance(from));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = from;
+}
+
 /// The instructions that kernels may use, each kind with all before it.
 ///
 /// The results are the same bits with each, but for bf16 arithmetic with [`Instructions::Avx512Bf16`], which sums in an order of its own.

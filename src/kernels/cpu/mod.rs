@@ -2,6 +2,7 @@
 
 #![allow(clippy::needless_range_loop, reason = "tiles are several arrays that rows and panels go through together")]
 
+mod ahead;
 #[cfg(target_arch = "x86_64")]
 mod amx;
 mod arena;
@@ -28,6 +29,7 @@ use crate::{
     error::Result,
     model::{Forward, Room, Values},
 };
+use ahead::Trail;
 use arena::Arena;
 use attention::Reader;
 use candle_core::DType;
@@ -52,6 +54,7 @@ pub(crate) struct CpuOps {
     /// What weights are made of.
     weights: Arc<Arena>,
     scratch: Arc<Scratch>,
+    trail: Trail,
     /// What pages are made of.
     pages: Arc<Scratch>,
     /// Positions whose softmax is computed at once.
@@ -74,7 +77,16 @@ impl CpuOps {
             AttnImplementation::Flash => attention::SPAN,
             AttnImplementation::Eager => usize::MAX,
         };
-        Self { dtype, level: Level::best(most), team, weights: Arc::default(), scratch: Scratch::new(), pages: Scratch::small(), span }
+        Self {
+            dtype,
+            level: Level::best(most),
+            team,
+            weights: Arc::default(),
+            scratch: Scratch::new(),
+            pages: Scratch::small(),
+            trail: Trail::default(),
+            span,
+        }
     }
 
     /// What it computes with, for people.

@@ -2,6 +2,7 @@
 
 use super::{
     CpuOps,
+    ahead::Stream,
     arena::{HUGE, Lines},
     brains,
     isa::{Isa, Level, Task},
@@ -12,7 +13,7 @@ use super::{
 };
 use crate::{error::Result, kernels::Matrix};
 use candle_core::{DType, Error};
-use std::{cell::RefCell, ops::Range};
+use std::{cell::RefCell, ops::Range, sync::Arc};
 
 /// A weight `(outputs, inputs)`: panel `p` holds outputs `16 p ..`, lines of them with the inputs ascending; the last one is filled up
 /// with zeros.
@@ -22,6 +23,8 @@ pub(crate) struct Weight {
     bias: Option<Vec<f32>>,
     outputs: usize,
     inputs: usize,
+    /// What is read after it.
+    next: Arc<Stream>,
 }
 
 #[derive(Debug)]
@@ -58,7 +61,7 @@ impl Weight {
             DType::F16 => Panels::F16(lines(ops, parts, outputs, inputs, |_| (), done)?),
             _ => Panels::F32(lines(ops, parts, outputs, inputs, |_| (), done)?),
         };
-        Ok(Self { panels, bias: bias.map(<[f32]>::to_vec), outputs, inputs })
+        Ok(Self { panels, bias: bias.map(<[f32]>::to_vec), outputs, inputs, next: Arc::default() })
     }
 
     pub(super) fn inputs(&self) -> usize {
@@ -89,14 +92,27 @@ impl Weight {
 
     /// `x * weight^T + bias` to `y`, `(rows, outputs)`, of `x` `(rows, inputs)`.
     pub(super) fn product(&self, ops: &CpuOps, x: &[f32], y: &mut [f32], then: Then<&mut [f32]>) {
+        let target = Target::new(y, self.outputs, self.bias.as_deref(), then);
         match &self.panels {
-            Panels::F32(lines) => self.multiply(ops, lines, x, y, then),
+            Panels::F32(lines) => self.multiply(ops, lines, x, target),
             Panels::Bf16(lines) if ops.dtype == DType::BF16 => {
-                brains::multiply(ops, self.inputs, lines, x, &Target::new(y, self.outputs, self.bias.as_deref(), then));
+                self.look_ahead(ops, lines, &target);
+                brains::multiply(ops, self.inputs, lines, x, &target);
             }
-            Panels::Bf16(lines) => self.multiply(ops, lines, x, y, then),
-            Panels::F16(lines) => self.multiply(ops, lines, x, y, then),
+            Panels::Bf16(lines) => self.multiply(ops, lines, x, target),
+            Panels::F16(lines) => self.multiply(ops, lines, x, target),
         }
+    }
+
+    /// Has threads that wait read the beginning of the next product's weights, if there are few rows: many take longer than reading.
+    fn look_ahead<L: Line>(&self, ops: &CpuOps, lines: &[L], target: &Target<'_>) {
+        if target.rows() > ROWS {
+            return ops.team.ahead().set(&Stream::default());
+        }
+        let bytes = L::count(self.inputs) * size_of::<L>();
+        let cut = target.cut(&ops.team, self.inputs, bytes, &Bands::of(ops.level));
+        ops.trail.step(&self.next, lines, bytes, &cut);
+        ops.team.ahead().set(&self.next);
     }
 
     fn gather<L: Line>(&self, team: &Team, lines: &[L], ids: &[u32], rows: &mut [f32]) {
@@ -111,10 +127,10 @@ impl Weight {
         });
     }
 
-    fn multiply<L: Line>(&self, ops: &CpuOps, lines: &[L], x: &[f32], y: &mut [f32], then: Then<&mut [f32]>) {
-        let rows = x.len() / self.inputs;
-        debug_assert_eq!((x.len(), y.len()), (rows * self.inputs, rows * self.outputs));
-        let target = Target::new(y, self.outputs, self.bias.as_deref(), then);
+    fn multiply<L: Line>(&self, ops: &CpuOps, lines: &[L], x: &[f32], target: Target<'_>) {
+        let rows = target.rows();
+        debug_assert_eq!(x.len(), rows * self.inputs);
+        self.look_ahead(ops, lines, &target);
         let mut strips = ops.scratch.take(if rows > 1 { x.len() } else { 0 });
         let x = if rows > 1 {
             interleave(ops, x, self.inputs, &mut strips);

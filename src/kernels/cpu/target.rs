@@ -37,7 +37,18 @@ impl<T> Then<T> {
     }
 }
 
-/// How outputs are cut.
+/// Pieces of outputs: bands of rows, in each of them chunks of panels.
+pub(super) struct Cut {
+    pub count: usize,
+    /// Rows of a band.
+    pub band: usize,
+    /// Chunks of a band.
+    pub chunks: usize,
+    /// Panels that stay together.
+    pub step: usize,
+}
+
+/// How outputs are to be cut.
 pub(super) struct Bands {
     /// Rows that are computed together, at most.
     pub most: usize,
@@ -71,6 +82,19 @@ impl<'a> Target<'a> {
         bands: Bands,
         f: impl Fn(Range<usize>, Range<usize>) + Sync,
     ) {
+        let Cut { count, band, chunks, step } = self.cut(team, inputs, bytes, &bands);
+        let (rows, panels) = (self.rows, self.width.div_ceil(LANES));
+        team.run(count * chunks, |i| {
+            let (at, chunk) = (i / chunks * band, i % chunks);
+            let (rows, panels) = (at.min(rows)..rows.min(at + band), part(panels, step, chunks, chunk));
+            f(rows.clone(), panels.clone());
+            // SAFETY: bands and parts of the panels do not overlap, so nobody else has these outputs.
+            unsafe { self.finish(rows, panels) };
+        });
+    }
+
+    /// How all outputs are cut.
+    pub(super) fn cut(&self, team: &Team, inputs: usize, bytes: usize, bands: &Bands) -> Cut {
         let (rows, panels) = (self.rows, self.width.div_ceil(LANES));
         let count = rows.div_ceil(bands.most).max(1);
         let band = rows.div_ceil(count).next_multiple_of(bands.step);
@@ -84,14 +108,7 @@ impl<'a> Target<'a> {
         // Few rows take panels otherwise, and what is left of them costs little.
         let step = if rows > ROWS { bands.panels } else { 2 };
         let step = if let Then::Peaks(_) = self.then { step.next_multiple_of(BLOCK / LANES) } else { step };
-        let chunks = wanted.div_ceil(count).min(panels.div_ceil(step).max(1));
-        team.run(count * chunks, |i| {
-            let (at, chunk) = (i / chunks * band, i % chunks);
-            let (rows, panels) = (at.min(rows)..rows.min(at + band), part(panels, step, chunks, chunk));
-            f(rows.clone(), panels.clone());
-            // SAFETY: bands and parts of the panels do not overlap, so nobody else has these outputs.
-            unsafe { self.finish(rows, panels) };
-        });
+        Cut { count, band, chunks: wanted.div_ceil(count).min(panels.div_ceil(step).max(1)), step }
     }
 
     /// Adds the bias, then does what is to be done.
@@ -122,6 +139,10 @@ impl<'a> Target<'a> {
                 }
             }
         }
+    }
+
+    pub(super) fn rows(&self) -> usize {
+        self.rows
     }
 
     /// Outputs of a row.

@@ -1,8 +1,10 @@
 //! The threads of the operations: a team that a pass holds for itself, whose members spin for work while it lasts and sleep afterwards.
 //!
-//! An operation is cut into pieces, and whoever is free takes the next one, so that a thread which the system has stopped delays
-//! its own piece and nothing else. No result depends on who does what, or on how many there are.
+//! An operation is cut into pieces. Each thread begins with a piece of its own, and then whoever is free takes the next one, so that a
+//! thread which the system has stopped delays its own piece and nothing else. Who has nothing left to do reads ahead what its piece of
+//! the next product begins with. No result depends on who does what, or on how many there are.
 
+use super::ahead::Ahead;
 use std::{
     any::Any,
     cell::UnsafeCell,
@@ -11,7 +13,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicBool, AtomicUsize, Ordering::*},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*},
     },
     thread::{self, JoinHandle, ThreadId},
     time::{Duration, Instant},
@@ -22,6 +24,9 @@ const SPIN: Duration = Duration::from_micros(50);
 
 /// How long the others spin for what comes next: longer than a token takes to be chosen greedily.
 const REST: Duration = Duration::from_micros(200);
+
+/// Threads that have a piece of their own, at most.
+const OWN: usize = u64::BITS as usize;
 
 /// Multiply-adds that a piece should have at least: handing over costs some tenths of a microsecond.
 const GRAIN: usize = 1 << 13;
@@ -55,11 +60,11 @@ impl Team {
     }
 
     fn new(threads: usize) -> Self {
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared { members: threads.min(OWN), ..Shared::default() });
         let worker = |number| {
             let shared = shared.clone();
             // A thread that the system refuses is one less.
-            thread::Builder::new().name(format!("generate-{number}")).spawn(move || shared.serve()).ok()
+            thread::Builder::new().name(format!("generate-{number}")).spawn(move || shared.serve(number)).ok()
         };
         let workers = (1..threads).map_while(worker).collect();
         Self { shared, workers }
@@ -94,6 +99,11 @@ impl Team {
         if self.shared.asleep.load(SeqCst) > 0 {
             self.shared.call();
         }
+    }
+
+    /// What threads without work read ahead from now on.
+    pub(super) fn ahead(&self) -> &Ahead {
+        &self.shared.ahead.0
     }
 
     /// How many pieces `work` multiply-adds are worth: one, or one for each thread.
@@ -191,10 +201,15 @@ struct Apart<T>(T);
 /// What the members of a team share.
 #[derive(Debug, Default)]
 struct Shared {
-    /// Pieces of the operation that nobody has taken yet.
+    /// Threads that have a piece of their own: that of their number.
+    members: usize,
+    /// A bit for each own piece that nobody has taken yet.
+    own: Apart<AtomicU64>,
+    /// Pieces that nobody has taken yet, own ones included: the number of the last of them, and one more.
     open: Apart<AtomicUsize>,
     /// Pieces that are not done.
     left: Apart<AtomicUsize>,
+    ahead: Apart<Ahead>,
     /// The operation: written while nothing is left, read by who has taken a piece of it and has not yet done it.
     task: Apart<UnsafeCell<Option<Task>>>,
     /// Threads that sleep for want of work.
@@ -219,11 +234,10 @@ struct Shared {
 struct Task {
     /// Alive until every piece is done.
     f: *const (dyn Fn(usize) + Sync),
-    count: usize,
 }
 
 // SAFETY: `task` is written by the holder alone while nothing is left, and read between taking a piece and counting it as done:
-// never at the same time, and `open` and `left` order the two. What it points to is `Sync`.
+// never at the same time, and `own`, `open` and `left` order the two. What it points to is `Sync`.
 unsafe impl Sync for Shared {}
 // SAFETY: as above; nothing belongs to a thread.
 unsafe impl Send for Shared {}
@@ -233,14 +247,17 @@ impl Shared {
         // SAFETY: only the lifetime changes. The pointer is followed only until every piece is done, which this waits for.
         let f = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(f) };
         // SAFETY: the holder calls this, one operation at a time: nothing is left of the last one, so nobody reads.
-        unsafe { *self.task.0.get() = Some(Task { f, count }) };
+        unsafe { *self.task.0.get() = Some(Task { f }) };
         self.left.0.store(count, SeqCst);
         self.open.0.store(count, SeqCst);
+        self.own.0.store(u64::MAX.unbounded_shr((OWN - count.min(self.members)) as u32), SeqCst);
         if self.asleep.load(SeqCst) > 0 {
             self.call();
         }
-        while self.take() {}
-        if !spin(SPIN, || self.left.0.load(Acquire) == 0) {
+        while self.take(0) {}
+        let done = || self.left.0.load(Acquire) == 0;
+        self.ahead.0.read(0, done);
+        if !spin(SPIN, done) {
             let mut calls = lock(&self.calls);
             self.waiting.store(true, SeqCst);
             while self.left.0.load(SeqCst) > 0 {
@@ -255,14 +272,44 @@ impl Shared {
         }
     }
 
+    /// Whether there may be a piece that nobody has taken.
+    fn is_open(&self) -> bool {
+        self.own.0.load(SeqCst) > 0 || self.open.0.load(SeqCst) > self.members
+    }
+
+    /// Takes the own piece of a thread.
+    fn own(&self, thread: usize) -> Option<usize> {
+        let bit = 1u64.checked_shl(thread as u32)?;
+        (self.own.0.load(Relaxed) & bit > 0 && self.own.0.fetch_and(!bit, AcqRel) & bit > 0).then_some(thread)
+    }
+
+    /// Takes a piece that is nobody's own.
+    fn open(&self) -> Option<usize> {
+        let taken = self.open.0.fetch_update(AcqRel, Relaxed, |open| (open > self.members).then(|| open - 1));
+        taken.ok().map(|open| open - 1)
+    }
+
+    /// Takes the own piece of a thread that has not come for it.
+    fn others(&self) -> Option<usize> {
+        loop {
+            let left = self.own.0.load(Relaxed);
+            if left == 0 {
+                return None;
+            }
+            if let Some(piece) = self.own(left.trailing_zeros() as usize) {
+                return Some(piece);
+            }
+        }
+    }
+
     /// Does a piece, if there is one.
-    fn take(&self) -> bool {
-        let Ok(open) = self.open.0.fetch_update(AcqRel, Relaxed, |open| open.checked_sub(1)) else { return false };
+    fn take(&self, thread: usize) -> bool {
+        let Some(piece) = self.own(thread).or_else(|| self.open()).or_else(|| self.others()) else { return false };
         // SAFETY: a piece was taken and is not done, so the task is that of the piece and stays.
-        if let Some(Task { f, count }) = unsafe { *self.task.0.get() } {
+        if let Some(Task { f }) = unsafe { *self.task.0.get() } {
             // SAFETY: as above, and so what it points to is alive.
             let f = unsafe { &*f };
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| f(count - open))) {
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| f(piece))) {
                 lock(&self.panic).get_or_insert(panic);
             }
         }
@@ -274,13 +321,17 @@ impl Shared {
     }
 
     /// What a worker does all its life.
-    fn serve(&self) {
+    fn serve(&self, thread: usize) {
         while !self.ending.load(SeqCst) {
-            if !self.take() && !spin(REST, || self.open.0.load(Relaxed) > 0) {
+            if self.take(thread) {
+                continue;
+            }
+            self.ahead.0.read(thread, || self.is_open());
+            if !spin(REST, || self.is_open()) {
                 let mut calls = lock(&self.calls);
                 let heard = *calls;
                 self.asleep.fetch_add(1, SeqCst);
-                while *calls == heard && self.open.0.load(SeqCst) == 0 && !self.ending.load(SeqCst) {
+                while *calls == heard && !self.is_open() && !self.ending.load(SeqCst) {
                     calls = self.alarm.wait(calls).unwrap_or_else(PoisonError::into_inner);
                 }
                 self.asleep.fetch_sub(1, SeqCst);
@@ -382,7 +433,7 @@ mod tests {
 
     #[test]
     fn every_piece_is_done_once() {
-        for threads in [1, 2, 5] {
+        for threads in [1, 2, 5, OWN + 6] {
             let team = Team::new(threads);
             assert_eq!(team.threads(), threads);
             team.hold(|| {

@@ -1,0 +1,164 @@
+//! What threads without work read ahead: the beginnings of their pieces of the product that follows.
+//!
+//! A step of decoding is reading weights, but while threads wait for each other, normalise or look at keys and values, nobody reads any.
+//! Products follow each other in the same order in every pass, so each weight remembers which was next the last time.
+
+use super::{isa::prefetch, target::Cut, threads::part};
+use std::{
+    cell::Cell,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+};
+
+/// Bytes that a thread reads ahead at most: half of a small second-level cache.
+const MOST: usize = 256 << 10;
+
+/// Panels that are read side by side, as by tiles.
+const SIDE: usize = 4;
+
+const LINE: usize = 64;
+
+/// Where a product reads its weights. Nothing depends on it but time, so it may be out of date, and made of parts that do not belong
+/// together.
+#[derive(Debug, Default)]
+pub(super) struct Stream {
+    start: AtomicUsize,
+    /// Bytes of a panel.
+    panel: AtomicUsize,
+    panels: AtomicUsize,
+    pieces: AtomicUsize,
+    /// Panels that stay together in a piece.
+    step: AtomicUsize,
+}
+
+impl Stream {
+    fn values(&self) -> [&AtomicUsize; 5] {
+        [&self.start, &self.panel, &self.panels, &self.pieces, &self.step]
+    }
+
+    fn set(&self, values: [usize; 5]) {
+        self.values().iter().zip(values).for_each(|(own, value)| own.store(value, Relaxed));
+    }
+
+    fn get(&self) -> [usize; 5] {
+        self.values().map(|value| value.load(Relaxed))
+    }
+
+    /// The lines that come after `asked` bytes of what a thread reads first; none after `MOST`, or after its piece.
+    fn lines(&self, thread: usize, asked: usize) -> Option<[usize; SIDE]> {
+        let [start, panel, panels, pieces, step] = self.get();
+        let piece = part(panels, step.max(1), pieces, thread.checked_rem(pieces)?);
+        let panel = panel.next_multiple_of(LINE);
+        if asked >= MOST.min(piece.len().saturating_mul(panel)) {
+            return None;
+        }
+        let (tile, at) = (piece.start + asked / (SIDE * panel) * SIDE, asked % (SIDE * panel) / SIDE);
+        let line = |side: usize| start.wrapping_add((tile + side).wrapping_mul(panel)).wrapping_add(at);
+        Some(std::array::from_fn(line))
+    }
+}
+
+/// The product before, which is told what follows it.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Trail(Arc<Mutex<Arc<Stream>>>);
+
+impl Trail {
+    /// A product of `panels`, each of so many bytes, begins. `next` is where it remembers what follows.
+    pub fn step<L>(&self, next: &Arc<Stream>, panels: &[L], panel: usize, cut: &Cut) {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        last.set([panels.as_ptr().addr(), panel, size_of_val(panels) / panel.max(1), cut.chunks, cut.step]);
+        last.clone_from(next);
+    }
+}
+
+/// What is read ahead at present.
+#[derive(Debug, Default)]
+pub(super) struct Ahead {
+    next: Stream,
+    /// How often it was set.
+    turn: AtomicUsize,
+}
+
+impl Ahead {
+    /// From now on it is this.
+    pub fn set(&self, next: &Stream) {
+        self.next.set(next.get());
+        self.turn.fetch_add(1, Relaxed);
+    }
+
+    /// Asks for what a thread reads first, until all of it is asked for or it is `enough`.
+    pub fn read(&self, thread: usize, enough: impl Fn() -> bool) {
+        // The turn, and the bytes of it that were asked for.
+        thread_local!(static ASKED: Cell<(usize, usize)> = const { Cell::new((0, 0)) });
+        let turn = self.turn.load(Relaxed);
+        let (last, asked) = ASKED.get();
+        let mut asked = if last == turn { asked } else { 0 };
+        while !enough()
+            && let Some(lines) = self.next.lines(thread, asked)
+        {
+            lines.into_iter().for_each(prefetch);
+            asked += SIDE * LINE;
+        }
+        ASKED.set((turn, asked));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stream(values: [usize; 5]) -> Stream {
+        let stream = Stream::default();
+        stream.set(values);
+        stream
+    }
+
+    fn lines(stream: &Stream, thread: usize) -> Vec<usize> {
+        (0..).map_while(|i| stream.lines(thread, i * SIDE * LINE)).flatten().collect()
+    }
+
+    #[test]
+    fn a_thread_reads_the_beginning_of_its_piece() {
+        // 24 panels of 640 bytes in 3 pieces: each thread has one, each line of it once, four panels side by side.
+        let whole = stream([1 << 20, 640, 24, 3, 2]);
+        for thread in 0..4 {
+            let mut lines = lines(&whole, thread);
+            let first = (1 << 20) + thread % 3 * 8 * 640;
+            assert_eq!(lines[..5], [first, first + 640, first + 2 * 640, first + 3 * 640, first + LINE]);
+            lines.sort_unstable();
+            assert!(lines.into_iter().eq((0..8 * 640 / LINE).map(|line| first + line * LINE)));
+        }
+        assert_eq!(lines(&stream([0, 64 << 10, 100, 2, 2]), 1).len(), MOST / LINE);
+        for odd in [[0; 5], [1, 0, 8, 2, 2], [1, 64, 0, 2, 2], [usize::MAX, 1 << 40, 1 << 20, 1, 9]] {
+            assert!(lines(&stream(odd), 1).len() <= MOST / LINE);
+        }
+    }
+
+    #[test]
+    fn weights_learn_what_follows_them() {
+        let (trail, streams) = (Trail::default(), [Arc::<Stream>::default(), Arc::default()]);
+        let panels = [[0u8; 100], [0; 100]];
+        let cut = Cut { count: 1, band: 6, chunks: 2, step: 2 };
+        for _ in 0..2 {
+            (0..2).for_each(|i| trail.step(&streams[i], &panels[i], 10, &cut));
+        }
+        assert_eq!(streams[0].get(), [panels[1].as_ptr().addr(), 10, 10, 2, 2]);
+        assert_eq!(streams[1].get(), [panels[0].as_ptr().addr(), 10, 10, 2, 2]);
+    }
+
+    #[test]
+    fn reading_goes_on_where_it_stopped() {
+        let ahead = Ahead::default();
+        ahead.set(&stream([0, 640, 8, 1, 2]));
+        let steps = |most: usize| {
+            let left = Cell::new(most);
+            ahead.read(0, || left.replace(left.get().saturating_sub(1)) == 0);
+            most - left.get()
+        };
+        assert_eq!([steps(5), steps(100), steps(100)], [5, 16, 1], "20 steps and a look after the last");
+        ahead.set(&stream([0, 640, 8, 1, 2]));
+        assert_eq!(steps(100), 21, "anew");
+    }
+}
