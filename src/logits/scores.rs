@@ -114,8 +114,12 @@ impl<'a> Scores<'a> {
         rank::top(values, peaks, n)
     }
 
-    /// Divides all scores by a number above 0.
+    /// Divides all scores.
     pub(super) fn divide(&mut self, by: f32) {
+        // Another divisor turns their order round, or makes what is no number of them.
+        if !(by > 0.0 && by.is_finite()) {
+            return scan::divide(self.values_mut(), by);
+        }
         scan::divide(self.values, by);
         if let Some(peaks) = &mut self.peaks {
             peaks.follow(|peak| peak / by);
@@ -185,7 +189,7 @@ mod tests {
     fn change() -> impl Strategy<Value = Change> {
         prop_oneof![
             6 => (0..400u32, prop_oneof![9 => score(), 1 => Just(f32::NAN)]).prop_map(|(id, score)| Change::Set(id, score)),
-            1 => (0.25f32..3.0).prop_map(Change::Divide),
+            1 => prop_oneof![9 => 0.25f32..3.0, 1 => Just(-2.0f32), 1 => Just(INF)].prop_map(Change::Divide),
             2 => score().prop_map(Change::DropBelow),
             1 => Just(Change::LogSoftmax),
             1 => Just(Change::Negate),
