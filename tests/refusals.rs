@@ -201,11 +201,13 @@ struct Flat {
     logit: f32,
     step: usize,
     caches: usize,
+    /// Peaks that it tells of its logits.
+    peaks: usize,
 }
 
 impl Flat {
     fn new(vocab_size: usize, logit: f32) -> Self {
-        Self { info: ModelInfo::new("flat", vocab_size), logit, step: 1, caches: usize::MAX }
+        Self { info: ModelInfo::new("flat", vocab_size), logit, step: 1, caches: usize::MAX, peaks: 0 }
     }
 }
 
@@ -230,7 +232,8 @@ impl Model for Flat {
             let cache = candle_generate::model::downcast::<Count>(row.cache)?;
             cache.len += cache.step * row.tokens.len();
         }
-        Ok(Values::Host(vec![self.logit; rows.len() * self.info.vocab_size]).into())
+        let logits = Values::Host(vec![self.logit; rows.len() * self.info.vocab_size]);
+        Ok(Forward { logits, peaks: vec![self.logit; self.peaks], ..Forward::default() })
     }
 }
 
@@ -259,7 +262,20 @@ fn models_that_miscount() {
     let boastful = Generator::new(Flat { step: 2, ..Flat::new(8, 0.0) }, None);
     refused(boastful.generate(prompt.clone(), &config), "unsupported", &["700 tokens", "cache"]);
     let short = Generator::new(Flat { caches: 0, ..Flat::new(8, 0.0) }, None);
-    refused(short.generate(prompt, &config), "unsupported", &["0 caches", "1 were asked for"]);
+    refused(short.generate(prompt.clone(), &config), "unsupported", &["0 caches", "1 were asked for"]);
+    let alone = config.num_return_sequences(1);
+    for (peaks, logit) in [(0, 0.0), (1, 0.0), (1, f32::NAN)] {
+        let told = Generator::new(Flat { peaks, ..Flat::new(8, logit) }, None);
+        match told.generate(prompt.clone(), &alone) {
+            Ok(output) => assert_eq!(output.tokens(), honest.sequences[0].tokens),
+            result => refused(result, "processor", &["model", "NaN"]),
+        }
+    }
+    let lavish = Generator::new(Flat { peaks: 2, ..Flat::new(8, 0.0) }, None);
+    refused(lavish.generate(prompt, &alone), "unsupported", &["2 peaks", "1 were expected"]);
+    let mute = Generator::new(Flat::new(0, 0.0), None);
+    refused(mute.generate(vec![0], &alone), "unsupported", &["vocab_size is 0"]);
+    assert!(mute.score(vec![0], [vec![0]]).is_err());
 }
 
 #[test]
