@@ -10,6 +10,7 @@ text its `ids` with special tokens, these `decoded` without special tokens, and 
 
 import io
 import json
+import os
 import random
 import shutil
 import sys
@@ -76,7 +77,7 @@ def train(folder, full):
     rng = random.Random(7)
     corpus = [" ".join(rng.choices(WORDS, k=rng.randint(4, 14))) for _ in range(3000)]
     (folder / "rules.tsv").write_text(rules())
-    mapped = dict(normalization_rule_name="nmt_nfkc") if full else dict(normalization_rule_tsv=str(folder / "rules.tsv"))
+    mapped = dict(normalization_rule_name="nmt_nfkc") if full else dict(normalization_rule_tsv=os.path.relpath(folder / "rules.tsv"))
     verbatim = dict(normalization_rule_name="identity", remove_extra_whitespaces=False)
     bytewise = verbatim | dict(model_type="bpe", vocab_size=700, byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True)
     symbols = ["<mask>", "<start_of_turn>", "<end_of_turn>", "\n", "\n\n", "▁▁", "▁▁▁", "\t"]
