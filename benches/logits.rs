@@ -1,6 +1,9 @@
 //! Each processor alone, the usual sampling pipeline, and the draw, on vocabularies of 50k and 152k.
 
-use candle_generate::{GenerationConfig, History, ModelInfo, Plan, logits::pick};
+use candle_generate::{
+    GenerationConfig, History, ModelInfo, Plan,
+    logits::{Scores, pick},
+};
 use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_main};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -51,7 +54,11 @@ fn processors(criterion: &mut Criterion) {
             group.bench_function(BenchmarkId::new(name, vocab_size), |bencher| {
                 bencher.iter_batched_ref(
                     || scores.clone(),
-                    |scores| plan.processors.iter().try_for_each(|processor| processor.process(&history, scores)).expect(name),
+                    |scores| {
+                        let shape =
+                            |scores: &mut Scores<'_>| plan.processors.iter().try_for_each(|processor| processor.shape(&history, scores));
+                        Scores::over(scores, shape).expect(name);
+                    },
                     BatchSize::LargeInput,
                 );
             });

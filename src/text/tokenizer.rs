@@ -176,8 +176,7 @@ impl Tokenizer {
     /// or depends on the ids around it.
     pub(super) fn piece(&self, id: u32) -> Option<&str> {
         let piece = || {
-            let visible = !self.is_special(id) && self.token(id).is_some();
-            let text = if visible { self.decode(&[id], true).ok()? } else { String::new() };
+            let text = self.decode(&[id], true).ok()?;
             (!text.contains(char::REPLACEMENT_CHARACTER)).then(|| text.into())
         };
         self.shared.pieces.get(id as usize)?.get_or_init(piece).as_deref()
