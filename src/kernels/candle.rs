@@ -155,6 +155,13 @@ impl CandleOps {
         }?;
         Ok(y.to_dtype(self.dtype)?)
     }
+
+    /// `activation(gate) * up`, where each token of `x` is `[gate | up]`.
+    fn gate(&self, activation: Activation, x: &Tensor) -> Result<Tensor> {
+        let width = x.dim(1)? / 2;
+        let gate = self.function(activation, &x.narrow(1, 0, width)?)?;
+        self.narrow((gate * x.narrow(1, width, width)?)?)
+    }
 }
 
 impl Ops for CandleOps {
@@ -202,8 +209,9 @@ impl Ops for CandleOps {
         Ok(table.matrix.index_select(&Tensor::new(ids, &self.device)?, 0)?.to_dtype(self.dtype)?)
     }
 
-    fn linear(&self, weight: &Weight, x: &Tensor) -> Result<Tensor> {
-        let y = x.to_dtype(self.product)?.matmul(&weight.matrix.t()?)?;
+    fn linear(&self, norm: Option<&Norm<Tensor>>, weight: &Weight, x: &Tensor) -> Result<Tensor> {
+        let normed = norm.map(|norm| self.norm(norm, x)).transpose()?;
+        let y = normed.as_ref().unwrap_or(x).to_dtype(self.product)?.matmul(&weight.matrix.t()?)?;
         let y = match &weight.bias {
             Some(bias) => y.broadcast_add(bias)?,
             None => y,
@@ -237,10 +245,8 @@ impl Ops for CandleOps {
         self.function(activation, &x)
     }
 
-    fn gate(&self, activation: Activation, x: Tensor) -> Result<Tensor> {
-        let width = x.dim(1)? / 2;
-        let gate = self.function(activation, &x.narrow(1, 0, width)?)?;
-        self.narrow((gate * x.narrow(1, width, width)?)?)
+    fn gated(&self, norm: Option<&Norm<Tensor>>, [gate_up, down]: [&Weight; 2], activation: Activation, x: &Tensor) -> Result<Tensor> {
+        self.linear(None, down, &self.gate(activation, &self.linear(norm, gate_up, x)?)?)
     }
 
     fn route(&self, logits: &Tensor, top: usize, renormalise: bool) -> Result<Vec<Picks>> {
@@ -332,7 +338,7 @@ impl Ops for CandleOps {
     }
 
     fn logits(&self, head: &Weight, x: &Tensor, softcap: Option<f32>) -> Result<Forward> {
-        let logits = self.linear(head, x)?;
+        let logits = self.linear(None, head, x)?;
         let logits = match softcap {
             Some(cap) => self.times(&self.times(&logits, 1.0 / cap)?.tanh()?, cap)?,
             None => logits,
@@ -441,7 +447,7 @@ mod tests {
         let matrix = |bytes, outputs, transposed| Matrix { bytes, dtype: DType::F32, outputs, inputs: 2, transposed };
         let weight = ops().weight(&[matrix(&plain, 1, false), matrix(&turned, 2, true)], Some(&[0.5, 0.0, -1.0]), &|_| ()).unwrap();
         // Rows are [1 2], [3 4] and [5 6].
-        assert_eq!(values(ops().linear(&weight, &act(&[1.0, 10.0], 2)).unwrap()), [21.5, 43.0, 64.0]);
+        assert_eq!(values(ops().linear(None, &weight, &act(&[1.0, 10.0], 2)).unwrap()), [21.5, 43.0, 64.0]);
         assert_eq!(values(ops().embed(&weight, &[2, 0]).unwrap()), [5.0, 6.0, 1.0, 2.0]);
         assert_eq!(ops().weight_bytes(&weight), 36);
     }
@@ -490,7 +496,7 @@ mod tests {
         close(&of(Activation::Gelu), &[-0.15865525, 0.34573123, 1.9544997]);
         close(&of(Activation::GeluTanh), &[-0.158808, 0.345714, 1.9545977]);
         close(&of(Activation::Relu), &[0.0, 0.5, 2.0]);
-        close(&values(ops().gate(Activation::Silu, act(&[-1.0, 0.5, 3.0, 4.0], 4)).unwrap()), &[-0.8068243, 1.2449187]);
+        close(&values(ops().gate(Activation::Silu, &act(&[-1.0, 0.5, 3.0, 4.0], 4)).unwrap()), &[-0.8068243, 1.2449187]);
     }
 
     #[test]
@@ -500,13 +506,13 @@ mod tests {
         let weight =
             half.weight(&[Matrix { bytes: &one, dtype: DType::F32, outputs: 2, inputs: 1, transposed: false }], None, &|_| ()).unwrap();
         let x = act(&[300.0], 1).to_dtype(DType::F16).unwrap();
-        let y = half.linear(&weight, &x).unwrap();
+        let y = half.linear(None, &weight, &x).unwrap();
         let most = [f16::MAX, f16::MIN];
         let of = |x: Tensor| x.flatten_all().unwrap().to_vec1::<f16>().unwrap();
         assert_eq!(of(y.clone()), most);
         assert_eq!(of(half.add(y.clone(), &y).unwrap()), most);
         assert_eq!(of(half.scale(y.clone(), 2.0).unwrap()), most);
-        assert_eq!(of(half.gate(Activation::Relu, Tensor::cat(&[&y, &y], 1).unwrap()).unwrap()), [f16::MAX, f16::ZERO]);
+        assert_eq!(of(half.gate(Activation::Relu, &Tensor::cat(&[&y, &y], 1).unwrap()).unwrap()), [f16::MAX, f16::ZERO]);
     }
 
     #[test]

@@ -47,6 +47,10 @@ pub(crate) trait Ops: Send + Sync + 'static {
     /// Packs `parts`, stacked along their outputs, as one weight; `bias` has one value per output. `done` is told which bytes of the
     /// parts are not needed any more.
     fn weight(&self, parts: &[Matrix<'_>], bias: Option<&[f32]>, done: &dyn Fn(&[u8])) -> Result<Self::Weight>;
+    /// As [`Self::weight`], for [`Self::gated`]: the first half of the outputs are gates.
+    fn gated_weight(&self, parts: &[Matrix<'_>], bias: Option<&[f32]>, done: &dyn Fn(&[u8])) -> Result<Self::Weight> {
+        self.weight(parts, bias, done)
+    }
     /// Bytes that `weight` takes in memory.
     fn weight_bytes(&self, weight: &Self::Weight) -> u64;
     /// Takes a vector of parameters.
@@ -56,11 +60,11 @@ pub(crate) trait Ops: Send + Sync + 'static {
 
     /// Row `ids[i]` of `table` for each token; ids are inside the table.
     fn embed(&self, table: &Self::Weight, ids: &[u32]) -> Result<Self::Act>;
-    /// `x * weight^T + bias`.
-    fn linear(&self, weight: &Self::Weight, x: &Self::Act) -> Result<Self::Act>;
+    /// `x * weight^T + bias`, of `x` normalised if `norm` says how.
+    fn linear(&self, norm: Option<&Norm<Self::Vector>>, weight: &Self::Weight, x: &Self::Act) -> Result<Self::Act>;
     /// `onto + x * weight^T + bias`.
     fn linear_onto(&self, weight: &Self::Weight, x: &Self::Act, onto: Self::Act) -> Result<Self::Act> {
-        self.add(onto, &self.linear(weight, x)?)
+        self.add(onto, &self.linear(None, weight, x)?)
     }
     /// Normalises each token.
     fn norm(&self, norm: &Norm<Self::Vector>, x: &Self::Act) -> Result<Self::Act>;
@@ -73,8 +77,26 @@ pub(crate) trait Ops: Send + Sync + 'static {
     fn scale(&self, x: Self::Act, factor: f32) -> Result<Self::Act>;
     /// `activation(x)`.
     fn activate(&self, activation: Activation, x: Self::Act) -> Result<Self::Act>;
-    /// `activation(gate) * up`, where each token of `x` is `[gate | up]`.
-    fn gate(&self, activation: Activation, x: Self::Act) -> Result<Self::Act>;
+    /// `(activation(gate) * up) * down^T + bias`, where `[gate | up]` is what the first of the weights, a gated one, makes of `x`, normalised
+    /// if `norm` says how, and `down` is the second.
+    fn gated(
+        &self,
+        norm: Option<&Norm<Self::Vector>>,
+        weights: [&Self::Weight; 2],
+        activation: Activation,
+        x: &Self::Act,
+    ) -> Result<Self::Act>;
+    /// `x` and what [`Self::gated`] makes of it.
+    fn gated_onto(
+        &self,
+        norm: &Norm<Self::Vector>,
+        weights: [&Self::Weight; 2],
+        activation: Activation,
+        x: Self::Act,
+    ) -> Result<Self::Act> {
+        let y = self.gated(Some(norm), weights, activation, &x)?;
+        self.add(x, &y)
+    }
     /// Which experts each token goes to: those with the `top` largest values of the softmax of `logits`, `(tokens, experts)`, which
     /// are their shares, or with `renormalise` these divided by their sum. One entry for each expert.
     fn route(&self, logits: &Self::Act, top: usize, renormalise: bool) -> Result<Vec<Picks>>;

@@ -140,7 +140,7 @@ impl<O: Ops> Decoder<O> {
     /// From the last layer's width to that of the head.
     fn outward(&self, x: O::Act) -> Result<O::Act> {
         match &self.outward {
-            Some(outward) => self.ops.linear(outward, &x),
+            Some(outward) => self.ops.linear(None, outward, &x),
             None => Ok(x),
         }
     }

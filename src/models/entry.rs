@@ -75,7 +75,7 @@ impl<O: Ops> Entry<O> {
             None => x,
         };
         let x = match &self.inward {
-            Some(inward) => ops.linear(inward, &x)?,
+            Some(inward) => ops.linear(None, inward, &x)?,
             None => x,
         };
         let positions = rows.iter().flat_map(|row| row.positions.clone());

@@ -76,14 +76,14 @@ impl<O: Ops> Layer<O> {
         angles: Option<&O::Angles>,
         rows: &mut [Span<&mut O::Store>],
     ) -> Result<O::Act> {
-        let normed = match &self.residual {
+        let norm = match &self.residual {
             Residual::Pre { attention, .. }
             | Residual::PrePost { attention: [attention, _], .. }
             | Residual::Normed { attention, .. }
-            | Residual::Parallel { attention, .. } => Some(ops.norm(attention, x)?),
+            | Residual::Parallel { attention, .. } => Some(attention),
             Residual::Post { .. } | Residual::Summed { .. } => None,
         };
-        let mut qkv = ops.linear(&self.qkv, normed.as_ref().unwrap_or(x))?;
+        let mut qkv = ops.linear(norm, &self.qkv, x)?;
         for QkNorm { norm, first, group } in &self.qk_norms {
             qkv = ops.norm_part(norm, qkv, *first, *group)?;
         }
@@ -93,7 +93,7 @@ impl<O: Ops> Layer<O> {
     /// Writes the keys and values of the states of sources, where the layer looks at one.
     pub fn fill(&self, ops: &O, index: usize, states: &O::Act, rows: &mut [Span<&mut O::Store>]) -> Result<()> {
         match &self.cross {
-            Some(cross) => ops.fill(&cross.attention, index, &ops.linear(&cross.kv, states)?, rows),
+            Some(cross) => ops.fill(&cross.attention, index, &ops.linear(None, &cross.kv, states)?, rows),
             None => Ok(()),
         }
     }
@@ -101,42 +101,42 @@ impl<O: Ops> Layer<O> {
     /// The rest of the layer, each token alone or with its row's source. Where a norm of `x` is needed once more, computing it again
     /// costs less than carrying it along.
     pub fn finish(&self, ops: &O, index: usize, x: O::Act, mixed: &O::Act, sources: &[Span<&O::Store>]) -> Result<O::Act> {
-        let out = || ops.linear(&self.out, mixed);
+        let out = || ops.linear(None, &self.out, mixed);
         match &self.residual {
             Residual::Pre { mlp, .. } => {
                 let mut x = ops.linear_onto(&self.out, mixed, x)?;
                 if let Some(cross) = &self.cross {
-                    let mixed = cross.mix(ops, index, &ops.norm(&cross.norm, &x)?, sources)?;
+                    let mixed = cross.mix(ops, index, Some(&cross.norm), &x, sources)?;
                     x = ops.linear_onto(&cross.out, &mixed, x)?;
                 }
-                self.mlp.compute(ops, &ops.norm(mlp, &x)?, Some(x))
+                self.mlp.onto(ops, mlp, x)
             }
             Residual::Post { attention, mlp } => {
                 let x = ops.add(x, &ops.norm(attention, &out()?)?)?;
-                let y = self.mlp.compute(ops, &x, None)?;
+                let y = self.mlp.compute(ops, None, &x)?;
                 ops.add(x, &ops.norm(mlp, &y)?)
             }
             Residual::PrePost { attention: [_, attention], mlp: [before, after] } => {
                 let x = ops.add(x, &ops.norm(attention, &out()?)?)?;
-                let y = self.mlp.compute(ops, &ops.norm(before, &x)?, None)?;
+                let y = self.mlp.compute(ops, Some(before), &x)?;
                 ops.add(x, &ops.norm(after, &y)?)
             }
             Residual::Summed { attention, mlp } => {
                 let mut x = ops.norm(attention, &ops.linear_onto(&self.out, mixed, x)?)?;
                 if let Some(cross) = &self.cross {
-                    let mixed = cross.mix(ops, index, &x, sources)?;
+                    let mixed = cross.mix(ops, index, None, &x, sources)?;
                     x = ops.norm(&cross.norm, &ops.linear_onto(&cross.out, &mixed, x)?)?;
                 }
-                let y = self.mlp.compute(ops, &x, None)?;
+                let y = self.mlp.compute(ops, None, &x)?;
                 ops.norm(mlp, &ops.add(x, &y)?)
             }
             Residual::Normed { attention, mlp } => {
                 let x = ops.norm(mlp, &ops.linear_onto(&self.out, mixed, ops.norm(attention, &x)?)?)?;
-                let y = self.mlp.compute(ops, &x, None)?;
+                let y = self.mlp.compute(ops, None, &x)?;
                 ops.add(x, &y)
             }
             Residual::Parallel { attention, mlp } => {
-                let z = self.mlp.compute(ops, &ops.norm(mlp.as_ref().unwrap_or(attention), &x)?, None)?;
+                let z = self.mlp.compute(ops, Some(mlp.as_ref().unwrap_or(attention)), &x)?;
                 ops.add(x, &ops.linear_onto(&self.out, mixed, z)?)
             }
         }
@@ -145,43 +145,54 @@ impl<O: Ops> Layer<O> {
 
 impl<O: Ops> Cross<O> {
     /// What tokens take from their sources.
-    fn mix(&self, ops: &O, index: usize, x: &O::Act, sources: &[Span<&O::Store>]) -> Result<O::Act> {
-        ops.cross(&self.attention, index, &ops.linear(&self.queries, x)?, sources)
+    fn mix(&self, ops: &O, index: usize, norm: Option<&Norm<O::Vector>>, x: &O::Act, sources: &[Span<&O::Store>]) -> Result<O::Act> {
+        ops.cross(&self.attention, index, &ops.linear(norm, &self.queries, x)?, sources)
     }
 }
 
 impl<O: Ops> Mlp<O> {
-    /// What comes of `x`, added to `onto` if there is that.
-    fn compute(&self, ops: &O, x: &O::Act, onto: Option<O::Act>) -> Result<O::Act> {
-        let last = |down, inner: O::Act, onto| match onto {
-            Some(onto) => ops.linear_onto(down, &inner, onto),
-            None => ops.linear(down, &inner),
-        };
+    /// What comes of `x`, normalised if `norm` says how.
+    fn compute(&self, ops: &O, norm: Option<&Norm<O::Vector>>, x: &O::Act) -> Result<O::Act> {
         match self {
-            Self::Plain { up, activation, down } => last(down, ops.activate(*activation, ops.linear(up, x)?)?, onto),
-            Self::Gated { gate_up, activation, down } => last(down, ops.gate(*activation, ops.linear(gate_up, x)?)?, onto),
+            Self::Plain { up, activation, down } => ops.linear(None, down, &ops.activate(*activation, ops.linear(norm, up, x)?)?),
+            Self::Gated { gate_up, activation, down } => ops.gated(norm, [gate_up, down], *activation, x),
             Self::Routed { router, top, renormalise, activation, experts } => {
-                let logits = ops.linear(router, x)?;
+                let normed = norm.map(|norm| ops.norm(norm, x)).transpose()?;
+                let x = normed.as_ref().unwrap_or(x);
+                let logits = ops.linear(None, router, x)?;
                 let (mut count, mut parts) = (0, Vec::new());
                 for (picks, [gate_up, down]) in ops.route(&logits, *top, *renormalise)?.into_iter().zip(experts) {
                     if let Some(&end) = picks.tokens.last() {
-                        let own = ops.select(x, &picks.tokens)?;
-                        let y = last(down, ops.gate(*activation, ops.linear(gate_up, &own)?)?, None)?;
+                        let y = ops.gated(None, [gate_up, down], *activation, &ops.select(x, &picks.tokens)?)?;
                         count = count.max(end + 1);
                         parts.push((picks, y));
                     }
                 }
                 // Every token has an expert, so the last token that one has is the last of all. Parts are in the order of the experts:
                 // a token's sum has the same order in any company.
-                let y = ops.mix(count, &parts)?;
-                match onto {
-                    Some(onto) => ops.add(onto, &y),
-                    None => Ok(y),
-                }
+                ops.mix(count, &parts)
+            }
+        }
+    }
+
+    /// What comes of `x`, normalised, added to `x`.
+    fn onto(&self, ops: &O, norm: &Norm<O::Vector>, x: O::Act) -> Result<O::Act> {
+        match self {
+            Self::Plain { up, activation, down } => {
+                let inner = ops.activate(*activation, ops.linear(Some(norm), up, &x)?)?;
+                ops.linear_onto(down, &inner, x)
+            }
+            Self::Gated { gate_up, activation, down } => ops.gated_onto(norm, [gate_up, down], *activation, x),
+            Self::Routed { .. } => {
+                let y = self.compute(ops, Some(norm), &x)?;
+                ops.add(x, &y)
             }
         }
     }
 }
+
+/// [`Ops::weight`] or [`Ops::gated_weight`].
+type Pack<O> = fn(&O, &[Matrix<'_>], Option<&[f32]>, &dyn Fn(&[u8])) -> Result<<O as Ops>::Weight>;
 
 /// Takes parts of a model from a checkpoint.
 pub(crate) struct Loader<'a, O> {
@@ -259,12 +270,12 @@ impl<'a, O: Ops> Loader<'a, O> {
                 down: self.stack(name, &[(down, spec.hidden)], inner)?,
             },
             (None, spec::Mlp::Gated { gate, up, down, inner, activation }) => Mlp::Gated {
-                gate_up: self.stack(name, &[(gate, inner), (up, inner)], spec.hidden)?,
+                gate_up: self.gated(name, &[(gate, inner), (up, inner)], spec.hidden)?,
                 activation,
                 down: self.stack(name, &[(down, spec.hidden)], inner)?,
             },
             (None, spec::Mlp::GatedFused { gate_up, down, inner, activation }) => Mlp::Gated {
-                gate_up: self.stack(name, &[(gate_up, 2 * inner)], spec.hidden)?,
+                gate_up: self.gated(name, &[(gate_up, 2 * inner)], spec.hidden)?,
                 activation,
                 down: self.stack(name, &[(down, spec.hidden)], inner)?,
             },
@@ -312,7 +323,7 @@ impl<'a, O: Ops> Loader<'a, O> {
         let mut weights = Vec::new();
         for number in 0..experts.count {
             let name = |part: &str| name(&format!("{}{number}.{part}", experts.expert));
-            let gate_up = self.stack(name, &[(linear(experts.gate), inner), (linear(experts.up), inner)], hidden)?;
+            let gate_up = self.gated(name, &[(linear(experts.gate), inner), (linear(experts.up), inner)], hidden)?;
             weights.push([gate_up, self.stack(name, &[(linear(experts.down), hidden)], inner)?]);
         }
         let &spec::Experts { top, renormalise, activation, .. } = experts;
@@ -322,7 +333,7 @@ impl<'a, O: Ops> Loader<'a, O> {
     /// A matrix of `outputs` times `inputs`: a table with a vector for each output, a head, a projection outside of the layers.
     pub fn matrix(&mut self, name: &str, outputs: usize, inputs: usize, bias: Option<&[f32]>) -> Result<O::Weight> {
         let matrix = self.weights.matrix(&format!("{name}.weight"), outputs, inputs, false)?;
-        self.pack(&[matrix], bias)
+        self.pack(O::weight, &[matrix], bias)
     }
 
     pub fn norm(&self, name: &str) -> Result<Norm<O::Vector>> {
@@ -365,6 +376,15 @@ impl<'a, O: Ops> Loader<'a, O> {
 
     /// Projections of the same inputs, given with their numbers of outputs, as one weight.
     fn stack(&mut self, name: impl Fn(&str) -> String, parts: &[(Linear, usize)], inputs: usize) -> Result<O::Weight> {
+        self.stacked(name, parts, inputs, O::weight)
+    }
+
+    /// As [`Self::stack`], gates and what they open.
+    fn gated(&mut self, name: impl Fn(&str) -> String, parts: &[(Linear, usize)], inputs: usize) -> Result<O::Weight> {
+        self.stacked(name, parts, inputs, O::gated_weight)
+    }
+
+    fn stacked(&mut self, name: impl Fn(&str) -> String, parts: &[(Linear, usize)], inputs: usize, pack: Pack<O>) -> Result<O::Weight> {
         let (mut matrices, mut biases) = (Vec::new(), Vec::new());
         for (linear, outputs) in parts {
             let name = name(linear.name);
@@ -374,7 +394,7 @@ impl<'a, O: Ops> Loader<'a, O> {
                 biases.extend(self.weights.vector(&format!("{name}.bias"), *outputs)?);
             }
         }
-        self.pack(&matrices, (!biases.is_empty()).then_some(&biases))
+        self.pack(pack, &matrices, (!biases.is_empty()).then_some(&biases))
     }
 
     /// Queries, keys and values that the file groups by the heads of keys and values, in the order of the attention.
@@ -391,11 +411,11 @@ impl<'a, O: Ops> Loader<'a, O> {
             false => None,
         };
         let bias = bias.map(|bias| parts().flat_map(|rows| &bias[rows]).copied().collect::<Vec<_>>());
-        self.pack(&matrices, bias.as_deref())
+        self.pack(O::weight, &matrices, bias.as_deref())
     }
 
-    fn pack(&mut self, matrices: &[Matrix<'_>], bias: Option<&[f32]>) -> Result<O::Weight> {
-        let weight = self.ops.weight(matrices, bias, &|bytes| self.weights.forget(bytes))?;
+    fn pack(&mut self, pack: Pack<O>, matrices: &[Matrix<'_>], bias: Option<&[f32]>) -> Result<O::Weight> {
+        let weight = pack(self.ops, matrices, bias, &|bytes| self.weights.forget(bytes))?;
         self.read += matrices.iter().map(|matrix| matrix.bytes.len() as u64).sum::<u64>();
         self.weight_bytes += self.ops.weight_bytes(&weight);
         Ok(weight)

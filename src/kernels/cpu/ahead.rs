@@ -140,7 +140,7 @@ mod tests {
     fn weights_learn_what_follows_them() {
         let (trail, streams) = (Trail::default(), [Arc::<Stream>::default(), Arc::default()]);
         let panels = [[0u8; 100], [0; 100]];
-        let cut = Cut { count: 1, band: 6, chunks: 2, step: 2 };
+        let cut = Cut { bands: 1, chunks: 2, step: 2 };
         for _ in 0..2 {
             (0..2).for_each(|i| trail.step(&streams[i], &panels[i], 10, &cut));
         }

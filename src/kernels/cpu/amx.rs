@@ -8,7 +8,7 @@
 
 use super::{
     line::{BLOCK, Bf16, LANES},
-    target::{Bands, Target},
+    target::{Bands, Place},
 };
 use std::{
     arch::{asm, x86_64},
@@ -28,7 +28,7 @@ impl Amx {
 
     /// How rows are cut: up to 256 of 2048 inputs stay in the second-level cache (1 MB of 2) while panels pass by.
     pub(super) fn bands(self) -> Bands {
-        Bands { most: 256, step: 2 * ROWS, panels: 2 }
+        Bands { most: 256, step: 2 * ROWS, panels: 2, group: 8 }
     }
 
     /// Computes the outputs of `block`. Tiles are loaded and stored by cache lines, so rows of `x` and of outputs should begin at them.
@@ -41,27 +41,41 @@ impl Amx {
             return;
         }
         let _tiles = Tiles::new(self, rows.len().min(ROWS));
-        // The last tile begins early enough to be full: some rows are computed twice, to the same bits.
+        // The last tile begins early enough to be full, and keeps only the rows that no other has.
         let last = rows.end.saturating_sub(ROWS).max(rows.start);
-        let tile = |row: usize| row.min(last)..rows.end.min(row.min(last) + ROWS);
-        for panel in panels.clone().step_by(2) {
-            let pair = [panel, (panel + 1).min(panels.end - 1)];
-            let whole = pair[0] < pair[1] && (pair[1] + 1) * LANES <= block.target.width();
-            for (i, row) in rows.clone().step_by(2 * ROWS).enumerate() {
-                let (this, next) = (tile(row), tile(row + ROWS));
-                // SAFETY: the tiles are configured for as many rows as `tile` gives; the rest is as of this function.
-                unsafe {
-                    if this == next {
-                        two(block, this, pair);
-                    } else if whole {
-                        four(block, [this, next], panel, i);
-                    } else {
-                        two(block, this, pair);
-                        two(block, next, pair);
+        let tile = |row: usize| Tile { rows: row.min(last)..rows.end.min(row.min(last) + ROWS), kept: row };
+        let chunk = block.depth.div_ceil(block.depth.div_ceil(DEPTH)).next_multiple_of(BLOCK);
+        for inputs in (0..block.depth).step_by(chunk).map(|from| from..block.depth.min(from + chunk)) {
+            for panel in panels.clone().step_by(2) {
+                let pair = [panel, (panel + 1).min(panels.end - 1)];
+                for (i, row) in rows.clone().step_by(2 * ROWS).enumerate() {
+                    let (this, next) = (tile(row), tile(row + ROWS));
+                    // SAFETY: the tiles are configured for as many rows as `tile` gives; the rest is as of this function.
+                    unsafe {
+                        if next.kept >= rows.end {
+                            two(block, &this, pair, &inputs);
+                        } else if !four(block, [&this, &next], panel, &inputs, i) {
+                            two(block, &this, pair, &inputs);
+                            two(block, &next, pair, &inputs);
+                        }
                     }
                 }
             }
         }
+    }
+}
+
+/// Rows that are computed together.
+struct Tile {
+    rows: Range<usize>,
+    /// The first of those that are written.
+    kept: usize,
+}
+
+impl Tile {
+    /// Where a whole panel of these rows begins, if all of it is written.
+    fn corner(&self, place: &Place<'_>, panel: usize) -> Option<*mut f32> {
+        place.corner(self.rows.clone(), panel).filter(|_| self.kept == self.rows.start)
     }
 }
 
@@ -73,7 +87,7 @@ pub(super) struct Block<'a> {
     pub depth: usize,
     /// All panels.
     pub lines: &'a [Bf16],
-    pub target: &'a Target<'a>,
+    pub place: &'a Place<'a>,
     pub rows: Range<usize>,
     pub panels: Range<usize>,
 }
@@ -81,30 +95,45 @@ pub(super) struct Block<'a> {
 /// Rows of a tile.
 const ROWS: usize = 16;
 
+/// Inputs at a time, so that those of two panels (40 kB) stay in the first-level cache while rows pass by.
+const DEPTH: usize = 640;
+
 /// Bytes from a line to the next.
 const LINE: usize = size_of::<Bf16>();
 
 /// Bytes that are asked for ahead of a tile of weights, which is 1024 of them.
 const AHEAD: usize = 1024;
 
-/// The outputs of two panels, which may be one and the same, for the rows of a tile.
+/// Adds the products of `inputs`, or begins with them, to the outputs of two panels, which may be one and the same, for a tile's rows.
 ///
 /// # Safety
-/// Tiles are configured for as many `rows`, and no other thread accesses these outputs meanwhile.
-unsafe fn two(block: &Block<'_>, rows: Range<usize>, panels: [usize; 2]) {
-    let x = &block.x[rows.start * block.depth..rows.end * block.depth];
-    let weights = panels.map(|panel| weights(block, panel));
+/// Tiles are configured for as many rows, and no other thread accesses these outputs meanwhile.
+unsafe fn two(block: &Block<'_>, tile: &Tile, panels: [usize; 2], inputs: &Range<usize>) {
+    let Tile { ref rows, kept } = *tile;
+    let x = &block.x[rows.start * block.depth..rows.end * block.depth][inputs.start..];
+    let weights = panels.map(|panel| weights(block, panel, inputs));
     let mut sums = [[[0.0; LANES]; ROWS]; 2];
-    let (y, width, is_direct) = match panels.map(|panel| block.target.corner(rows.clone(), panel)) {
-        [Some(first), Some(second)] => ([first, second], block.target.width(), true),
+    let corners = panels.map(|panel| tile.corner(block.place, panel));
+    if let (true, [None, _] | [_, None]) = (inputs.start > 0, corners) {
+        for (panel, sums) in panels.into_iter().zip(&mut sums) {
+            for (row, sums) in rows.clone().zip(sums) {
+                // SAFETY: as of this function.
+                let y = unsafe { block.place.outputs(row, panel) };
+                sums[..y.len()].copy_from_slice(y);
+            }
+        }
+    }
+    let (y, width, is_direct) = match corners {
+        [Some(first), Some(second)] => ([first, second], block.place.stride(), true),
         _ => (sums.each_mut().map(|sums| sums.as_mut_ptr().cast()), LANES, false),
     };
-    // SAFETY: AMX is there, as tiles are configured. The tiles of `x` step by 32 inputs through `depth` of them in each of
-    // `rows`, those of weights by 16 lines through `depth / 2`; each `y` has 16 values in each of `rows`, `width` apart.
-    unsafe {
-        asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
+    macro_rules! products {
+        ($($begin:literal),+) => {
+            // SAFETY: AMX is there, as tiles are configured. The tiles of `x` step by 32 inputs through `inputs` in each of `rows`, those of
+            // weights by 16 lines; each `y` has 16 values in each of `rows`, `width` apart.
+            unsafe {
+                asm!(
+            $($begin,)+
             "2:",
             "prefetcht0 [{w0} + {ahead} + 0]",
             "prefetcht0 [{w0} + {ahead} + 64]",
@@ -153,7 +182,7 @@ unsafe fn two(block: &Block<'_>, rows: Range<usize>, panels: [usize; 2]) {
             x = inout(reg) x.as_ptr() => _,
             w0 = inout(reg) weights[0].as_ptr() => _,
             w1 = inout(reg) weights[1].as_ptr() => _,
-            steps = inout(reg) block.depth / BLOCK => _,
+            steps = inout(reg) inputs.len() / BLOCK => _,
             row = in(reg) block.depth * size_of::<u16>(),
             line = in(reg) LINE,
             y0 = in(reg) y[0],
@@ -162,39 +191,48 @@ unsafe fn two(block: &Block<'_>, rows: Range<usize>, panels: [usize; 2]) {
             ahead = const AHEAD,
             out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
-        );
+                );
+            }
+        };
+    }
+    match inputs.start {
+        0 => products!("tilezero tmm0", "tilezero tmm1"),
+        _ => products!("tileloadd tmm0, [{y0} + {width}*1]", "tileloadd tmm1, [{y1} + {width}*1]"),
     }
     if is_direct {
         return;
     }
     for (panel, sums) in panels.into_iter().zip(&sums) {
-        for (row, sums) in rows.clone().zip(sums) {
+        for (row, sums) in rows.clone().zip(sums).skip(kept - rows.start) {
             // SAFETY: as of this function.
-            let y = unsafe { block.target.outputs(row, panel) };
+            let y = unsafe { block.place.outputs(row, panel) };
             y.iter_mut().zip(sums).for_each(|(y, sum)| *y = *sum);
         }
     }
 }
 
-/// The outputs of two whole panels, one after the other, for the rows of two tiles, the `i`th of a band.
+/// As [`two`], for two whole panels, one after the other, and the rows of two tiles, the `i`th of a band; whether they are whole.
 ///
 /// # Safety
 /// As of [`two`].
-unsafe fn four(block: &Block<'_>, rows: [Range<usize>; 2], panel: usize, i: usize) {
-    let x = rows.each_ref().map(|rows| &block.x[rows.start * block.depth..rows.end * block.depth]);
-    let weights = [weights(block, panel), weights(block, panel + 1)];
-    let [Some(y0), Some(y1)] = rows.each_ref().map(|rows| block.target.corner(rows.clone(), panel)) else { return };
+unsafe fn four(block: &Block<'_>, tiles: [&Tile; 2], panel: usize, inputs: &Range<usize>, i: usize) -> bool {
+    if panel + 1 >= block.panels.end || tiles[1].corner(block.place, panel + 1).is_none() {
+        return false;
+    }
+    let [Some(y0), Some(y1)] = tiles.map(|tile| tile.corner(block.place, panel)) else { return false };
+    let x = tiles.map(|Tile { rows, .. }| &block.x[rows.start * block.depth..rows.end * block.depth][inputs.start..]);
+    let weights = [weights(block, panel, inputs), weights(block, panel + 1, inputs)];
+    let stride = block.place.stride();
     // An eighth of the next two panels is asked for meanwhile, which are all of them in a band of 256 rows. And so is what is
     // to be written, again and again, as there may be more steps than rows.
-    let end = y0.wrapping_add((rows[1].end - rows[0].start) * block.target.width());
-    let next = weights[1].as_ptr_range().end.wrapping_add(i * block.depth / 8);
-    // SAFETY: as in `two`, twice; `y0` and `y1` are followed by the second panel's 16 values, as it is whole.
-    unsafe {
-        asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
+    let end = y0.wrapping_add(2 * ROWS * stride);
+    let next = weights[i / 4 % 2].as_ptr().wrapping_add(block.depth + i % 4 * inputs.len() / 8);
+    macro_rules! products {
+        ($($begin:literal),+) => {
+            // SAFETY: as in `two`, twice; `y0` and `y1` are followed by the second panel's 16 values, as it is whole.
+            unsafe {
+                asm!(
+            $($begin,)+
             "2:",
             "tileloadd tmm4, [{x0} + {row}*1]",
             "tileloadd tmm6, [{w0} + {line}*1]",
@@ -233,22 +271,35 @@ unsafe fn four(block: &Block<'_>, rows: [Range<usize>; 2], panel: usize, i: usiz
             x1 = inout(reg) x[1].as_ptr() => _,
             w0 = inout(reg) weights[0].as_ptr() => _,
             w1 = inout(reg) weights[1].as_ptr() => _,
-            steps = inout(reg) block.depth / BLOCK => _,
+            steps = inout(reg) inputs.len() / BLOCK => _,
             row = in(reg) block.depth * size_of::<u16>(),
             line = in(reg) LINE,
             y0 = in(reg) y0,
             y1 = in(reg) y1,
-            width = in(reg) block.target.width() * size_of::<f32>(),
+            width = in(reg) stride * size_of::<f32>(),
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
-        );
+                );
+            }
+        };
     }
+    match inputs.start {
+        0 => products!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"),
+        _ => products!(
+            "tileloadd tmm0, [{y0} + {width}*1]",
+            "tileloadd tmm1, [{y0} + {width}*1 + 64]",
+            "tileloadd tmm2, [{y1} + {width}*1]",
+            "tileloadd tmm3, [{y1} + {width}*1 + 64]"
+        ),
+    }
+    true
 }
 
-fn weights<'a>(block: &Block<'a>, panel: usize) -> &'a [Bf16] {
-    let count = block.depth / 2;
-    &block.lines[panel * count..(panel + 1) * count]
+/// The lines of some inputs of a panel.
+fn weights<'a>(block: &Block<'a>, panel: usize, inputs: &Range<usize>) -> &'a [Bf16] {
+    let first = panel * block.depth / 2;
+    &block.lines[first + inputs.start / 2..first + inputs.end / 2]
 }
 
 /// The tiles of this thread, configured until it is dropped.
@@ -325,7 +376,7 @@ fn is_allowed() -> bool {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::{noise, target::Then},
+        super::{noise, threads::Shares},
         *,
     };
     use half::bf16;
@@ -336,7 +387,8 @@ mod tests {
             println!("skipped: this processor has no amx");
             return;
         };
-        let (count, depth) = (70, 64);
+        // Inputs are taken in three parts.
+        let (count, depth) = (70, 1_664);
         let x: Vec<u16> = noise(count * depth, 1).into_iter().map(|x| bf16::from_f32(x).to_bits()).collect();
         let one = bf16::from_f32(1.0).to_bits();
         for width in [16usize, 31, 40, 64, 97] {
@@ -345,9 +397,10 @@ mod tests {
             for rows in [0..1, 3..7, 1..17, 5..21, 2..34, 20..53, 40..70] {
                 for panels in [0..last, 0..1, last - 1..last, last / 2..last] {
                     let mut y = vec![-700.0; count * width];
-                    let target = &Target::new(&mut y, width, None, Then::Nothing);
+                    let (shares, rows_of, panels_of) = (Shares::new(&mut y), rows.clone(), panels.clone());
+                    let place = &Place::all(&shares, width);
                     // SAFETY: there is one thread.
-                    unsafe { amx.product(&Block { x: &x, depth, lines: &lines, target, rows: rows.clone(), panels: panels.clone() }) };
+                    unsafe { amx.product(&Block { x: &x, depth, lines: &lines, place, rows: rows_of, panels: panels_of }) };
                     for (i, y) in y.into_iter().enumerate() {
                         let inside = rows.contains(&(i / width)) && panels.contains(&(i % width / LANES));
                         assert_eq!(inside, y != -700.0, "{width} outputs: rows {rows:?}, panels {panels:?}: {y} at {i}");

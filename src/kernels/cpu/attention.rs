@@ -206,13 +206,14 @@ impl Job<'_> {
         (self.tokens.start + i / self.group(), self.head * self.group() + i % self.group())
     }
 
-    /// Query `i` and the part of `span` that it sees.
-    fn query(&self, i: usize, span: &Range<usize>) -> Query {
+    /// The queries of a token and the part of `span` that they see.
+    fn queries_of(&self, token: usize, span: &Range<usize>) -> impl Iterator<Item = Query> + use<> {
         let Attention { sight, head_dim, .. } = *self.attention;
-        let (token, head) = self.place(i);
         let Range { start, end } = sight.of(self.row.start + token, self.row.len);
         let seen = start.clamp(span.start, span.end) - span.start..end.clamp(span.start, span.end) - span.start;
-        Query { x: (self.row.first + token) * self.width + head * head_dim, seen }
+        let group = self.group();
+        let first = (self.row.first + token) * self.width + self.head * group * head_dim;
+        (0..group).map(move |head| Query { x: first + head * head_dim, seen: seen.clone() })
     }
 
     #[inline(always)]
@@ -249,7 +250,7 @@ impl Job<'_> {
         let len = ops.span.min(self.row.len.next_multiple_of(PAGE) - start);
         let span = start..start + len;
         queries.clear();
-        queries.extend((0..self.queries()).map(|i| self.query(i, &span)));
+        queries.extend(self.tokens.clone().flat_map(|token| self.queries_of(token, &span)));
         scores.resize(scores.len().max(queries.len() * len), 0.0);
         Work { job: self, start, len, queries, scores, part }.run(ops.level);
     }

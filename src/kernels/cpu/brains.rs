@@ -7,9 +7,10 @@
 
 use super::{
     CpuOps,
+    inputs::{Form, Inputs},
     isa::{Isa, Level, Task},
     line::{BLOCK, Bf16, LANES},
-    target::{Bands, Target},
+    target::{Bands, Place, Target},
     tile::{ROWS, Sums, Tiles, is_wide, tiled},
 };
 #[cfg(target_arch = "x86_64")]
@@ -17,9 +18,14 @@ use super::{amx::Amx, isa::Instructions};
 use half::bf16;
 use std::ops::Range;
 
-/// `x * weight^T` to `target`, of `x` `(rows, inputs)` and the lines of a weight's panels.
-pub(super) fn multiply(ops: &CpuOps, inputs: usize, lines: &[Bf16], x: &[f32], target: &Target<'_>) {
-    Unit::of(ops.level, x.len() / inputs).multiply(ops, inputs, lines, x, target);
+/// `x * weight^T` to `target`, of the lines of a weight's panels.
+pub(super) fn multiply(ops: &CpuOps, inputs: usize, lines: &[Bf16], x: &Inputs<'_>, target: &Target<'_>) {
+    Unit::of(ops.level, x.rows()).multiply(ops, inputs, lines, x, target);
+}
+
+/// The form of so many rows of inputs.
+pub(super) fn form(level: Level, rows: usize) -> Form {
+    Unit::of(level, rows).form()
 }
 
 /// Takes very small weights for zeros, as is done with inputs.
@@ -57,26 +63,25 @@ impl Unit {
         Self::Vectors
     }
 
-    fn multiply(self, ops: &CpuOps, inputs: usize, lines: &[Bf16], x: &[f32], target: &Target<'_>) {
-        let (rows, depth) = (x.len() / inputs, inputs.next_multiple_of(BLOCK));
-        let mut rounded = ops.scratch.take(if self == Self::Vectors { rows * depth } else { rows * depth / 2 });
+    fn form(self) -> Form {
         match self {
-            Self::Vectors => {
-                round(ops, x, inputs, depth, &mut rounded);
-                Product { level: ops.level, x: &rounded[..], depth, lines, target }.fill(ops);
-            }
-            Self::Pairs => {
-                round(ops, x, inputs, depth, rounded.halves_mut());
-                Product { level: ops.level, x: &*rounded.halves_mut(), depth, lines, target }.fill(ops);
-            }
+            Self::Vectors => Form::Wide,
+            _ => Form::Halves,
+        }
+    }
+
+    fn multiply(self, ops: &CpuOps, inputs: usize, lines: &[Bf16], x: &Inputs<'_>, target: &Target<'_>) {
+        let depth = inputs.next_multiple_of(BLOCK);
+        match self {
+            Self::Vectors => Product { level: ops.level, x: x.wide(), depth, lines }.fill(ops, target),
+            Self::Pairs => Product { level: ops.level, x: x.halves(), depth, lines }.fill(ops, target),
             #[cfg(target_arch = "x86_64")]
             Self::Tiles(amx) => {
-                round(ops, x, inputs, depth, rounded.halves_mut());
-                let x = &*rounded.halves_mut();
+                let x = x.halves();
                 // SAFETY: a block's outputs are those that it is given.
                 unsafe {
-                    target.fill(&ops.team, inputs, depth / 2 * size_of::<Bf16>(), amx.bands(), |rows, panels| {
-                        amx.product(&super::amx::Block { x, lines, depth, target, rows, panels });
+                    target.fill(ops, inputs, depth / 2 * size_of::<Bf16>(), &amx.bands(), |rows, panels, place| {
+                        amx.product(&super::amx::Block { x, lines, depth, place, rows, panels });
                     });
                 }
             }
@@ -84,19 +89,10 @@ impl Unit {
     }
 }
 
-/// Rounds `x`, `(rows, inputs)`, to `(rows, depth)`, filled up with zeros.
-fn round<T: Brain>(ops: &CpuOps, x: &[f32], inputs: usize, depth: usize, to: &mut [T]) {
-    // A value costs less than a multiply-add.
-    ops.team.chunks(to, depth, inputs / 4, |row, to| {
-        let (to, rest) = to.split_at_mut(inputs);
-        ops.level.run(Round { x: &x[row * inputs..][..inputs], to });
-        rest.fill(T::ZERO);
-    });
-}
-
-struct Round<'a, T> {
-    x: &'a [f32],
-    to: &'a mut [T],
+/// Rounds values to bf16.
+pub(super) struct Round<'a, T> {
+    pub x: &'a [f32],
+    pub to: &'a mut [T],
 }
 
 impl<T: Brain> Task for Round<'_, T> {
@@ -129,7 +125,7 @@ fn flushed(bits: u16) -> u16 {
 }
 
 /// An input as vectors take it, which says how they sum.
-trait Brain: Copy + Send + Sync {
+pub(super) trait Brain: Copy + Send + Sync {
     const ZERO: Self;
     /// Of a bf16's bits.
     fn new(bits: u16) -> Self;
@@ -254,7 +250,6 @@ struct Product<'a, T> {
     /// Inputs, whole blocks.
     depth: usize,
     lines: &'a [Bf16],
-    target: &'a Target<'a>,
 }
 
 /// Inputs of a band's rows that stay in the second-level cache while panels pass by.
@@ -264,17 +259,17 @@ const DEPTH: usize = 640;
 const AHEAD: usize = 32;
 
 impl<T: Brain> Product<'_, T> {
-    fn fill(&self, ops: &CpuOps) {
+    fn fill(&self, ops: &CpuOps, target: &Target<'_>) {
         // SAFETY: a block's outputs are those that it is given.
         unsafe {
             let bytes = self.depth / 2 * size_of::<Bf16>();
-            self.target.fill(&ops.team, self.depth, bytes, Bands::of(ops.level), |rows, panels| self.block(rows, panels));
+            target.fill(ops, self.depth, bytes, &Bands::of(ops.level), |rows, panels, place| self.block(rows, panels, place));
         }
     }
 
     /// # Safety
     /// No other thread accesses these outputs of these rows meanwhile.
-    unsafe fn block(&self, band: Range<usize>, panels: Range<usize>) {
+    unsafe fn block(&self, band: Range<usize>, panels: Range<usize>, place: &Place<'_>) {
         // Few rows: the panels stream by once, as many side by side as the tile has. Many: a panel or four stay in the cache for all
         // rows of the band.
         let few = band.len() <= ROWS;
@@ -285,7 +280,7 @@ impl<T: Brain> Product<'_, T> {
             for panel in panels.clone().step_by(group) {
                 let panels = panel..panels.end.min(panel + group);
                 for row in band.clone().step_by(ROWS) {
-                    let strip = Strip { product: self, row, panels: panels.clone(), inputs: inputs.clone(), is_read_once: few };
+                    let strip = Strip { product: self, place, row, panels: panels.clone(), inputs: inputs.clone(), is_read_once: few };
                     tiled!(self.level, band.end - row, strip.run(self.level));
                 }
             }
@@ -296,6 +291,7 @@ impl<T: Brain> Product<'_, T> {
 /// Adds the products of `inputs` to the outputs of `panels` for some rows. No other thread accesses these outputs meanwhile.
 struct Strip<'a, T> {
     product: &'a Product<'a, T>,
+    place: &'a Place<'a>,
     row: usize,
     panels: Range<usize>,
     inputs: Range<usize>,
@@ -325,8 +321,8 @@ impl<T: Brain, const R: usize, const C: usize, const D: usize> Task for Columns<
 impl<T: Brain, const R: usize, const C: usize, const D: usize> Tiles for Columns<'_, T, R, C, D> {
     #[inline(always)]
     fn tile<I: Isa, const N: usize>(&mut self, isa: I, panel: usize) {
-        let &Strip { product, row, ref inputs, is_read_once, .. } = self.0;
-        let &Product { depth, x, lines, target, .. } = product;
+        let &Strip { product, place, row, ref inputs, is_read_once, .. } = self.0;
+        let &Product { depth, x, lines, .. } = product;
         let (blocks, stride) = (inputs.len() / BLOCK, depth / 2);
         let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
         let mut rows = [x.as_chunks().0; R];
@@ -336,7 +332,7 @@ impl<T: Brain, const R: usize, const C: usize, const D: usize> Tiles for Columns
             if inputs.start > 0 {
                 for c in 0..N {
                     // SAFETY: the rows and outputs are those of this strip.
-                    sums[r][c] = unsafe { target.load(isa, row + r, panel + c) };
+                    sums[r][c] = unsafe { place.load(isa, row + r, panel + c) };
                 }
             }
         }
@@ -362,7 +358,7 @@ impl<T: Brain, const R: usize, const C: usize, const D: usize> Tiles for Columns
         for r in 0..R {
             for c in 0..N {
                 // SAFETY: as above.
-                unsafe { target.store(isa, sums[r][c], row + r, panel + c) };
+                unsafe { place.store(isa, sums[r][c], row + r, panel + c) };
             }
         }
     }
@@ -372,7 +368,7 @@ impl<T: Brain, const R: usize, const C: usize, const D: usize> Tiles for Columns
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::{
-        super::{isa::tests::vectorised, noise, ops, target::Then},
+        super::{isa::tests::vectorised, noise, ops, target::Then, threads::Shares},
         *,
     };
 
@@ -418,7 +414,10 @@ mod tests {
         fn product(&self, (unit, level): (Unit, Level), threads: usize, rows: Range<usize>) -> Vec<f32> {
             let (ops, x) = (ops(level, threads), &self.x[rows.start * self.inputs..rows.end * self.inputs]);
             let mut y = vec![f32::NAN; rows.len() * self.outputs];
-            ops.team.hold(|| unit.multiply(&ops, self.inputs, &self.lines, x, &Target::new(&mut y, self.outputs, None, Then::Nothing)));
+            let target = Target::new(rows.len(), self.outputs, None, Then::Write(Shares::new(&mut y)));
+            ops.team.hold(|| {
+                unit.multiply(&ops, self.inputs, &self.lines, &Inputs::of(&ops, unit.form(), x, self.inputs, None), &target);
+            });
             y
         }
 
@@ -480,14 +479,13 @@ mod tests {
         for level in Level::all() {
             let ops = ops(level, 2);
             for (inputs, depth) in [(x.len() / 3, x.len() / 3), (1, 32), (33, 64)] {
-                let (mut narrow, mut wide) = (vec![7; 3 * depth], vec![7.0; 3 * depth]);
-                round(&ops, &x[..3 * inputs], inputs, depth, &mut narrow);
-                round(&ops, &x[..3 * inputs], inputs, depth, &mut wide);
+                let [narrow, wide] = [Form::Halves, Form::Wide].map(|form| Inputs::of(&ops, form, &x[..3 * inputs], inputs, None));
+                let (narrow, wide) = (narrow.halves(), wide.wide());
                 for (row, expected) in expected.chunks_exact(inputs).take(3).enumerate() {
                     let (found, rest) = narrow[row * depth..][..depth].split_at(inputs);
                     assert!(found == expected && rest.iter().all(|&bits| bits == 0), "{level:?} {inputs}");
                 }
-                let same = wide.iter().zip(&narrow).all(|(wide, &narrow)| wide.to_bits() == u32::from(narrow) << 16);
+                let same = wide.iter().zip(narrow).all(|(wide, &narrow)| wide.to_bits() == u32::from(narrow) << 16);
                 assert!(same, "{level:?} {inputs}");
             }
         }

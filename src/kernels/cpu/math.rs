@@ -8,21 +8,33 @@ use crate::kernels::Activation;
 /// `e^x`; 0 below -104, infinity above 88.73.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
+    // Comparisons that are false for NaN, so that NaN stays NaN.
+    let x = if x < -104.0 { -104.0 } else { x };
+    let x = if x > 89.0 { 89.0 } else { x };
+    // 2^n in two factors: n reaches from -150 to 128, an exponent only from -126 to 127.
+    let (p, n) = scaled(x);
+    p * power(n >> 1) * power(n.wrapping_sub(n >> 1))
+}
+
+/// `e^x` as a number near 1 and a power of two.
+#[inline(always)]
+fn scaled(x: f32) -> (f32, i32) {
     /// 1.5 * 2^23: adding it rounds to an integer, left in the low bits.
     const ROUND: f32 = 12_582_912.0;
     const LN2_HIGH: f32 = 0.693_145_75;
     const LN2_LOW: f32 = 1.428_606_8e-6;
-    // Comparisons that are false for NaN, so that NaN stays NaN.
-    let x = if x < -104.0 { -104.0 } else { x };
-    let x = if x > 89.0 { 89.0 } else { x };
     let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
     let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, x));
     let p = polynomial(r, [0.499_999_94, 0.166_665_18, 0.041_668_423, 0.008_369_063, 0.001_381_388]);
-    let p = p.mul_add(r * r, r) + 1.0;
-    // 2^n in two factors: n reaches from -150 to 128, an exponent only from -126 to 127.
-    let n = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
-    p * power(n >> 1) * power(n.wrapping_sub(n >> 1))
+    (p.mul_add(r * r, r) + 1.0, (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32))
+}
+
+/// `e^x` of what is not above 0; 0 below -87.
+#[inline(always)]
+pub(super) fn decay(x: f32) -> f32 {
+    let (p, n) = scaled(x);
+    if x < -87.0 { 0.0 } else { p * power(n) }
 }
 
 /// The hyperbolic tangent.
@@ -121,8 +133,12 @@ mod tests {
     type Function = (&'static str, fn(f32) -> f32, fn(f64) -> f64, f32);
 
     /// Name, ours, the reference, and how far from zero there is anything to see.
-    const FUNCTIONS: [Function; 3] =
-        [("exp", |x| exp(x), f64::exp, 110.0), ("tanh", |x| tanh(x), f64::tanh, 12.0), ("erf", |x| erf(x), erf_series, 4.5)];
+    const FUNCTIONS: [Function; 4] = [
+        ("exp", |x| exp(x), f64::exp, 110.0),
+        ("tanh", |x| tanh(x), f64::tanh, 12.0),
+        ("erf", |x| erf(x), erf_series, 4.5),
+        ("decay", |x| decay(-x.abs()), |x| if x.abs() > 87.0 { 0.0 } else { (-x.abs()).exp() }, 90.0),
+    ];
 
     /// The Taylor series, good to 1e-9 of the result up to 4; the rest is 1 as far as f32 sees.
     fn erf_series(x: f64) -> f64 {
@@ -171,7 +187,8 @@ mod tests {
         assert_eq!([f32::INFINITY, 1e30, 88.8].map(exp), [f32::INFINITY; 3]);
         assert_eq!([f32::INFINITY, 1e30, -1e30].map(tanh), [1.0, 1.0, -1.0]);
         assert_eq!([f32::INFINITY, 1e30, -1e30].map(erf), [1.0, 1.0, -1.0]);
-        assert!([exp(f32::NAN), tanh(f32::NAN), erf(f32::NAN)].iter().all(|x| x.is_nan()));
+        assert_eq!([0.0, f32::NEG_INFINITY, -1e30].map(decay), [1.0, 0.0, 0.0]);
+        assert!([exp(f32::NAN), tanh(f32::NAN), erf(f32::NAN), decay(f32::NAN)].iter().all(|x| x.is_nan()));
         for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
             assert!(activate(activation, f32::NAN).is_nan(), "{activation:?} hides a value that is no number");
             assert_eq!([1e30, -1e30].map(|x| activate(activation, x)), [1e30, 0.0], "{activation:?}");
@@ -204,7 +221,8 @@ mod tests {
             match self.0 {
                 0 => self.1.iter_mut().for_each(|x| *x = exp(*x)),
                 1 => self.1.iter_mut().for_each(|x| *x = tanh(*x)),
-                _ => self.1.iter_mut().for_each(|x| *x = erf(*x)),
+                2 => self.1.iter_mut().for_each(|x| *x = erf(*x)),
+                _ => self.1.iter_mut().for_each(|x| *x = decay(-x.abs())),
             }
             sum(self.1, |x, sum| if x < 1e30 { x.mul_add(x, sum) } else { sum })
         }

@@ -8,6 +8,7 @@ mod amx;
 mod arena;
 mod attention;
 mod brains;
+mod inputs;
 mod isa;
 pub(crate) mod line;
 mod math;
@@ -33,16 +34,18 @@ use ahead::Trail;
 use arena::Arena;
 use attention::Reader;
 use candle_core::DType;
+use inputs::Inputs;
 pub use isa::Instructions;
 use isa::Level;
 #[cfg(test)]
 pub(crate) use isa::by_all_vectors;
 pub(crate) use isa::{Loop, by_vectors};
+use line::LANES;
 pub(crate) use peaks::{BLOCK, Highest, filled};
 use scratch::{Buffer, Scratch};
 use std::{ops::Range, sync::Arc};
 use target::Then;
-use threads::Team;
+use threads::{Shares, Team};
 
 /// The operations on this processor.
 #[derive(Debug, Clone)]
@@ -101,6 +104,27 @@ impl CpuOps {
     fn act(&self, tokens: usize, width: usize) -> Act {
         Act { data: self.scratch.take(tokens * width), width }
     }
+
+    /// What `down` reads of a gated MLP.
+    fn inner(
+        &self,
+        norm: Option<&Norm<Vec<f32>>>,
+        gate_up: &panels::Weight,
+        activation: Activation,
+        x: &Act,
+        down: &panels::Weight,
+    ) -> Inputs<'static> {
+        debug_assert_eq!(gate_up.outputs(), 2 * down.inputs().next_multiple_of(LANES));
+        let mut inner = Inputs::new(self, down.form(self, x.tokens()), x.tokens(), down.inputs());
+        gate_up.product(self, &self.inputs(norm, gate_up, x), Then::Gate(activation, inner.writer()));
+        inner
+    }
+
+    /// `x`, normalised if `norm` says how, as `weight` reads it.
+    fn inputs<'a>(&self, norm: Option<&Norm<Vec<f32>>>, weight: &panels::Weight, x: &'a Act) -> Inputs<'a> {
+        debug_assert_eq!(weight.inputs(), x.width);
+        Inputs::of(self, weight.form(self, x.tokens()), &x.data, x.width, norm)
+    }
 }
 
 impl Act {
@@ -130,6 +154,10 @@ impl Ops for CpuOps {
         panels::Weight::pack(self, parts, bias, done)
     }
 
+    fn gated_weight(&self, parts: &[Matrix<'_>], bias: Option<&[f32]>, done: &dyn Fn(&[u8])) -> Result<panels::Weight> {
+        panels::Weight::pack_gated(self, parts, bias, done)
+    }
+
     fn weight_bytes(&self, weight: &panels::Weight) -> u64 {
         weight.bytes()
     }
@@ -148,18 +176,28 @@ impl Ops for CpuOps {
         Ok(x)
     }
 
-    fn linear(&self, weight: &panels::Weight, x: &Act) -> Result<Act> {
-        debug_assert_eq!(weight.inputs(), x.width);
+    fn linear(&self, norm: Option<&Norm<Vec<f32>>>, weight: &panels::Weight, x: &Act) -> Result<Act> {
         let mut y = self.act(x.tokens(), weight.outputs());
-        weight.product(self, &x.data, &mut y.data, Then::Nothing);
+        weight.product(self, &self.inputs(norm, weight, x), Then::Write(Shares::new(&mut y.data)));
         Ok(y)
     }
 
     fn linear_onto(&self, weight: &panels::Weight, x: &Act, mut onto: Act) -> Result<Act> {
-        debug_assert_eq!((weight.inputs(), weight.outputs()), (x.width, onto.width));
-        let mut y = self.act(x.tokens(), weight.outputs());
-        weight.product(self, &x.data, &mut y.data, Then::Onto(&mut onto.data));
+        debug_assert_eq!(weight.outputs(), onto.width);
+        weight.product(self, &self.inputs(None, weight, x), Then::Onto(Shares::new(&mut onto.data)));
         Ok(onto)
+    }
+
+    fn gated(&self, norm: Option<&Norm<Vec<f32>>>, [gate_up, down]: [&panels::Weight; 2], activation: Activation, x: &Act) -> Result<Act> {
+        let mut y = self.act(x.tokens(), down.outputs());
+        down.product(self, &self.inner(norm, gate_up, activation, x, down), Then::Write(Shares::new(&mut y.data)));
+        Ok(y)
+    }
+
+    fn gated_onto(&self, norm: &Norm<Vec<f32>>, [gate_up, down]: [&panels::Weight; 2], activation: Activation, mut x: Act) -> Result<Act> {
+        let inner = self.inner(Some(norm), gate_up, activation, &x, down);
+        down.product(self, &inner, Then::Onto(Shares::new(&mut x.data)));
+        Ok(x)
     }
 
     fn norm(&self, norm: &Norm<Vec<f32>>, x: &Act) -> Result<Act> {
@@ -187,12 +225,6 @@ impl Ops for CpuOps {
     fn activate(&self, activation: Activation, mut x: Act) -> Result<Act> {
         pointwise::activate(self, activation, &mut x.data, x.width);
         Ok(x)
-    }
-
-    fn gate(&self, activation: Activation, x: Act) -> Result<Act> {
-        let mut y = self.act(x.tokens(), x.width / 2);
-        pointwise::gate(self, activation, &x.data, x.width, &mut y.data);
-        Ok(y)
     }
 
     fn route(&self, logits: &Act, top: usize, renormalise: bool) -> Result<Vec<Picks>> {
@@ -262,14 +294,15 @@ impl Ops for CpuOps {
     }
 
     fn logits(&self, head: &panels::Weight, x: &Act, softcap: Option<f32>) -> Result<Forward> {
+        let inputs = self.inputs(None, head, x);
         let mut logits = vec![0.0; x.tokens() * head.outputs()];
         let mut peaks = vec![0.0; if softcap.is_none() { x.tokens() * head.outputs().div_ceil(BLOCK) } else { 0 }];
         match softcap {
             Some(cap) => {
-                head.product(self, &x.data, &mut logits, Then::Nothing);
+                head.product(self, &inputs, Then::Write(Shares::new(&mut logits)));
                 pointwise::softcap(self, cap, &mut logits);
             }
-            None => head.product(self, &x.data, &mut logits, Then::Peaks(&mut peaks)),
+            None => head.product(self, &inputs, Then::Peaks(Shares::new(&mut logits), Shares::new(&mut peaks))),
         }
         Ok(Forward { logits: Values::Host(logits), peaks, ..Forward::default() })
     }
@@ -331,9 +364,57 @@ mod tests {
     fn a_plain_mlp_can_be_activated() {
         let ops = CpuOps::new(DType::F32, Some(2), None, AttnImplementation::Flash);
         let x = act(&ops, &[-1.0, 2.0, -3.0, 4.0], 2);
-        assert_eq!(ops.activate(Activation::Relu, x.clone()).unwrap().data[..], [0.0, 2.0, 0.0, 4.0]);
-        let y = ops.gate(Activation::Relu, x).unwrap();
-        assert_eq!((&y.data[..], y.width), (&[0.0, 0.0][..], 1));
+        assert_eq!(ops.activate(Activation::Relu, x).unwrap().data[..], [0.0, 2.0, 0.0, 4.0]);
+    }
+
+    /// An MLP of 20 inputs and outputs, its gates, what they open and its last product, each a weight, and the first two as one.
+    struct Mlp([panels::Weight; 4]);
+
+    impl Mlp {
+        fn new(ops: &CpuOps, inner: usize, is_biased: bool) -> Self {
+            let bytes = |outputs, inputs, seed| noise(outputs * inputs, seed).iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<_>>();
+            let files = [(inner, 20), (inner, 20), (20, inner)];
+            let files: Vec<_> = (3..).zip(files).map(|(seed, (outputs, inputs))| (bytes(outputs, inputs, seed), outputs, inputs)).collect();
+            let matrix = |i: usize| {
+                let (bytes, outputs, inputs) = &files[i];
+                Matrix { bytes, dtype: DType::F32, outputs: *outputs, inputs: *inputs, transposed: false }
+            };
+            let bias = noise(2 * inner, 6);
+            let bias = |range: Range<usize>| is_biased.then(|| &bias[range]);
+            let [gate, up] = [0, 1].map(|i| ops.weight(&[matrix(i)], bias(i * inner..(i + 1) * inner), &|_| ()).unwrap());
+            let both = ops.gated_weight(&[matrix(0), matrix(1)], bias(0..2 * inner), &|_| ()).unwrap();
+            Self([gate, up, ops.weight(&[matrix(2)], None, &|_| ()).unwrap(), both])
+        }
+    }
+
+    #[test]
+    fn a_gated_mlp_is_its_parts_to_the_bit() {
+        let norm = Norm { kind: super::super::NormKind::Rms, weight: noise(20, 9), bias: None, eps: 1e-5 };
+        for (level, dtype) in Level::all().into_iter().flat_map(|level| [DType::F32, DType::BF16].map(|dtype| (level, dtype))) {
+            let ops = CpuOps { dtype, ..ops(level, 3) };
+            // Gates end within panels, and at their ends; the last one is cut for threads, and the rows of the last two, too.
+            for (inner, rows) in [(1, 1), (5, 3), (16, 4), (40, 7), (33, 13), (1_500, 1), (48, 700), (700, 101)] {
+                let Mlp([gate, up, down, both]) = Mlp::new(&ops, inner, inner % 2 == 0);
+                let x = act(&ops, &noise(rows * 20, 8), 20);
+                let y = ops.pass(|| ops.gated(Some(&norm), [&both, &down], Activation::Silu, &x)).unwrap();
+                let normed = ops.norm(&norm, &x).unwrap();
+                let [gate, up] = [gate, up].map(|weight| ops.linear(None, &weight, &normed).unwrap());
+                let mut inner = ops.activate(Activation::Silu, gate).unwrap();
+                inner.data.iter_mut().zip(&up.data[..]).for_each(|(gate, up)| *gate *= up);
+                let expected = ops.linear(None, &down, &inner).unwrap();
+                assert!(y.data[..] == expected.data[..], "{level:?} {dtype:?} {} {rows}", inner.width);
+                let onto = ops.pass(|| ops.gated_onto(&norm, [&both, &down], Activation::Silu, x.clone())).unwrap();
+                assert!(onto.data[..] == ops.add(x, &expected).unwrap().data[..]);
+            }
+        }
+    }
+
+    #[test]
+    fn as_many_gates_as_others() {
+        let ops = CpuOps::new(DType::F32, Some(2), None, AttnImplementation::Flash);
+        let odd = Matrix { bytes: &[0; 12], dtype: DType::F32, outputs: 3, inputs: 1, transposed: false };
+        let error = ops.gated_weight(&[odd], None, &|_| ()).unwrap_err();
+        assert_eq!(error.to_string(), "tensor: 3 outputs are not as many gates as there are others");
     }
 
     #[test]

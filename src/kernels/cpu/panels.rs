@@ -5,15 +5,17 @@ use super::{
     ahead::Stream,
     arena::{HUGE, Lines},
     brains,
+    inputs::{Form, Inputs},
     isa::{Isa, Level, Task},
     line::{Bf16, F16, F32, LANES, Line},
-    target::{Bands, Target, Then},
+    scratch::local,
+    target::{Bands, Place, Target, Then},
     threads::Team,
-    tile::{ROWS, Tiles, interleave, is_wide, multiply, tiled},
+    tile::{ROWS, Tiles, is_wide, multiply, tiled},
 };
 use crate::{error::Result, kernels::Matrix};
 use candle_core::{DType, Error};
-use std::{cell::RefCell, ops::Range, sync::Arc};
+use std::{ops::Range, sync::Arc};
 
 /// A weight `(outputs, inputs)`: panel `p` holds outputs `16 p ..`, lines of them with the inputs ascending; the last one is filled up
 /// with zeros.
@@ -41,27 +43,43 @@ impl Weight {
     /// Packs `parts`, stacked along their outputs, in their own type, or in f32 if they differ; for arithmetic in half precision in its
     /// type. Tells `done` which bytes are not needed any more.
     pub(super) fn pack(ops: &CpuOps, parts: &[Matrix<'_>], bias: Option<&[f32]>, done: &dyn Fn(&[u8])) -> Result<Self> {
-        let Some(first) = parts.first() else { return Err(Error::Msg("a weight needs at least one matrix".into()).into()) };
-        let inputs = first.inputs;
-        for part in parts {
-            check(part, inputs)?;
+        let sources = sources(parts, bias)?.into_iter().map(Some).collect();
+        Self::new(ops, parts, sources, bias.map(<[f32]>::to_vec), done)
+    }
+
+    /// As [`Self::pack`], with a panel of the first half of the outputs, the gates, before each panel of the other half. Both are filled
+    /// up with zeros.
+    pub(super) fn pack_gated(ops: &CpuOps, parts: &[Matrix<'_>], bias: Option<&[f32]>, done: &dyn Fn(&[u8])) -> Result<Self> {
+        let sources = sources(parts, bias)?;
+        if !sources.len().is_multiple_of(2) {
+            return Err(Error::Msg(format!("{} outputs are not as many gates as there are others", sources.len())).into());
         }
-        let Some(outputs) = parts.iter().try_fold(0usize, |sum, part| sum.checked_add(part.outputs)) else {
-            return Err(Error::Msg("the outputs of a weight overflow".into()).into());
-        };
-        if bias.is_some_and(|bias| bias.len() != outputs) {
-            return Err(Error::Msg(format!("a bias of {} values does not fit {outputs} outputs", bias.map_or(0, <[f32]>::len))).into());
-        }
-        let same = parts.iter().all(|part| part.dtype == first.dtype);
-        let panels = match if same { first.dtype } else { DType::F32 } {
-            _ if ops.dtype == DType::BF16 => Panels::Bf16(lines(ops, parts, outputs, inputs, brains::flush, done)?),
+        let half = sources.len() / 2;
+        let panel = |first: usize| (first..first + LANES).map(move |output| (output < half).then_some(output));
+        let both = |first| panel(first).chain(panel(first).map(move |output| output.map(|output| half + output)));
+        let order: Vec<_> = (0..half).step_by(LANES).flat_map(both).collect();
+        let bias = bias.map(|bias| order.iter().map(|output| output.map_or(0.0, |output| bias[output])).collect());
+        Self::new(ops, parts, order.into_iter().map(|output| output.map(|output| sources[output])).collect(), bias, done)
+    }
+
+    fn new(
+        ops: &CpuOps,
+        parts: &[Matrix<'_>],
+        sources: Vec<Option<Source<'_>>>,
+        bias: Option<Vec<f32>>,
+        done: &dyn Fn(&[u8]),
+    ) -> Result<Self> {
+        let (outputs, inputs) = (sources.len(), parts[0].inputs);
+        let same = parts.iter().all(|part| part.dtype == parts[0].dtype);
+        let panels = match if same { parts[0].dtype } else { DType::F32 } {
+            _ if ops.dtype == DType::BF16 => Panels::Bf16(lines(ops, &sources, inputs, brains::flush, done)?),
             // HF: the reference rounds the result of each operation to f16. Here weights are, and everything else is f32.
-            _ if ops.dtype == DType::F16 => Panels::F16(lines(ops, parts, outputs, inputs, |_| (), done)?),
-            DType::BF16 => Panels::Bf16(lines(ops, parts, outputs, inputs, |_| (), done)?),
-            DType::F16 => Panels::F16(lines(ops, parts, outputs, inputs, |_| (), done)?),
-            _ => Panels::F32(lines(ops, parts, outputs, inputs, |_| (), done)?),
+            _ if ops.dtype == DType::F16 => Panels::F16(lines(ops, &sources, inputs, |_| (), done)?),
+            DType::BF16 => Panels::Bf16(lines(ops, &sources, inputs, |_| (), done)?),
+            DType::F16 => Panels::F16(lines(ops, &sources, inputs, |_| (), done)?),
+            _ => Panels::F32(lines(ops, &sources, inputs, |_| (), done)?),
         };
-        Ok(Self { panels, bias: bias.map(<[f32]>::to_vec), outputs, inputs, next: Arc::default() })
+        Ok(Self { panels, bias, outputs, inputs, next: Arc::default() })
     }
 
     pub(super) fn inputs(&self) -> usize {
@@ -90,9 +108,17 @@ impl Weight {
         }
     }
 
-    /// `x * weight^T + bias` to `y`, `(rows, outputs)`, of `x` `(rows, inputs)`.
-    pub(super) fn product(&self, ops: &CpuOps, x: &[f32], y: &mut [f32], then: Then<&mut [f32]>) {
-        let target = Target::new(y, self.outputs, self.bias.as_deref(), then);
+    /// The form that so many rows of inputs are to have.
+    pub(super) fn form(&self, ops: &CpuOps, rows: usize) -> Form {
+        match self.panels {
+            Panels::Bf16(_) if ops.dtype == DType::BF16 => brains::form(ops.level, rows),
+            _ => Form::Strips,
+        }
+    }
+
+    /// `x * weight^T + bias`, of `(rows, inputs)`.
+    pub(super) fn product(&self, ops: &CpuOps, x: &Inputs<'_>, then: Then<'_>) {
+        let target = Target::new(x.rows(), self.outputs, self.bias.as_deref(), then);
         match &self.panels {
             Panels::F32(lines) => self.multiply(ops, lines, x, target),
             Panels::Bf16(lines) if ops.dtype == DType::BF16 => {
@@ -127,22 +153,15 @@ impl Weight {
         });
     }
 
-    fn multiply<L: Line>(&self, ops: &CpuOps, lines: &[L], x: &[f32], target: Target<'_>) {
-        let rows = target.rows();
-        debug_assert_eq!(x.len(), rows * self.inputs);
+    fn multiply<L: Line>(&self, ops: &CpuOps, lines: &[L], x: &Inputs<'_>, target: Target<'_>) {
+        let x = x.wide();
+        debug_assert_eq!(x.len(), target.rows() * self.inputs);
         self.look_ahead(ops, lines, &target);
-        let mut strips = ops.scratch.take(if rows > 1 { x.len() } else { 0 });
-        let x = if rows > 1 {
-            interleave(ops, x, self.inputs, &mut strips);
-            &strips
-        } else {
-            x
-        };
-        let product = Product { level: ops.level, lines, sides: Sides { inputs: self.inputs, x, target } };
+        let product = Product { level: ops.level, lines, inputs: self.inputs, x };
         // SAFETY: a block accesses the outputs that it is given.
         unsafe {
             let bytes = L::count(self.inputs) * size_of::<L>();
-            product.sides.target.fill(&ops.team, self.inputs, bytes, Bands::of(ops.level), |rows, panels| product.block(rows, panels));
+            target.fill(ops, self.inputs, bytes, &Bands::of(ops.level), |rows, panels, place| product.block(rows, panels, place));
         }
     }
 }
@@ -153,15 +172,9 @@ const DEPTH: usize = 640;
 struct Product<'a, L> {
     level: Level,
     lines: &'a [L],
-    sides: Sides<'a>,
-}
-
-/// What goes into a product and what comes out.
-struct Sides<'a> {
     inputs: usize,
-    /// Interleaved.
+    /// In strips.
     x: &'a [f32],
-    target: Target<'a>,
 }
 
 impl<L: Line> Product<'_, L> {
@@ -169,8 +182,8 @@ impl<L: Line> Product<'_, L> {
     ///
     /// # Safety
     /// No other thread accesses these outputs of these rows meanwhile.
-    unsafe fn block(&self, band: Range<usize>, panels: Range<usize>) {
-        let (level, inputs) = (self.level, self.sides.inputs);
+    unsafe fn block(&self, band: Range<usize>, panels: Range<usize>, place: &Place<'_>) {
+        let &Self { level, inputs, .. } = self;
         // Few rows: the panels stream by once, as many side by side as the tile has. Many: a panel or four stay in the cache for all
         // rows of the band.
         let few = band.len() <= ROWS;
@@ -185,16 +198,15 @@ impl<L: Line> Product<'_, L> {
                     if few || L::IS_F32 {
                         let stride = L::count(inputs);
                         let lines = &self.lines[panel * stride + from / L::INPUTS..group.end * stride];
-                        self.strips(lines, stride, band.clone(), group, depth.clone());
+                        self.strips(lines, stride, band.clone(), group, depth.clone(), place);
                     } else {
                         // Widened once for all strips.
-                        widening(|wide| {
-                            wide.resize(wide.len().max(group.len() * depth.len()), F32::ZERO);
+                        local(group.len() * depth.len(), |wide| {
                             for (panel, wide) in group.clone().zip(wide.chunks_exact_mut(depth.len())) {
                                 let lines = &self.lines[panel * L::count(inputs)..][from / L::INPUTS..];
                                 level.run(Widen { lines, wide });
                             }
-                            self.strips(wide, depth.len(), band.clone(), group, depth.clone());
+                            self.strips(wide, depth.len(), band.clone(), group, depth.clone(), place);
                         });
                     }
                 }
@@ -206,9 +218,18 @@ impl<L: Line> Product<'_, L> {
     ///
     /// # Safety
     /// As of [`Self::block`].
-    unsafe fn strips<M: Line>(&self, lines: &[M], stride: usize, band: Range<usize>, panels: Range<usize>, inputs: Range<usize>) {
+    unsafe fn strips<M: Line>(
+        &self,
+        lines: &[M],
+        stride: usize,
+        band: Range<usize>,
+        panels: Range<usize>,
+        inputs: Range<usize>,
+        place: &Place<'_>,
+    ) {
         for row in band.clone().step_by(ROWS) {
-            let strip = Strip { sides: &self.sides, lines, stride, row, panels: panels.clone(), inputs: inputs.clone() };
+            let x = &self.x[row * self.inputs..];
+            let strip = Strip { x, width: self.inputs, place, lines, stride, row, panels: panels.clone(), inputs: inputs.clone() };
             tiled!(self.level, band.end - row, strip.run(self.level, band.len() <= ROWS));
         }
     }
@@ -216,7 +237,11 @@ impl<L: Line> Product<'_, L> {
 
 /// Adds the products of `inputs` to the outputs of `panels` for some rows. No other thread accesses these outputs meanwhile.
 struct Strip<'a, L> {
-    sides: &'a Sides<'a>,
+    /// From its first row on.
+    x: &'a [f32],
+    /// All inputs of a row.
+    width: usize,
+    place: &'a Place<'a>,
     lines: &'a [L],
     stride: usize,
     row: usize,
@@ -251,10 +276,10 @@ impl<L: Line, const R: usize, const C: usize, const D: usize, const AHEAD: usize
 impl<L: Line, const R: usize, const C: usize, const D: usize, const AHEAD: usize> Tiles for Columns<'_, L, R, C, D, AHEAD> {
     #[inline(always)]
     fn tile<I: Isa, const N: usize>(&mut self, isa: I, panel: usize) {
-        let &Strip { sides, lines, stride, row, ref panels, ref inputs } = self.0;
-        let (width, first) = (sides.inputs, panel - panels.start);
+        let &Strip { x, width, place, lines, stride, row, ref panels, ref inputs } = self.0;
+        let first = panel - panels.start;
         let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
-        let rows = &sides.x[row * width..][..R * width].as_chunks::<R>().0[inputs.clone()];
+        let rows = &x[..R * width].as_chunks::<R>().0[inputs.clone()];
         let mut panels = [&lines[..0]; N];
         for c in 0..N {
             panels[c] = &lines[(first + c) * stride..];
@@ -263,7 +288,7 @@ impl<L: Line, const R: usize, const C: usize, const D: usize, const AHEAD: usize
             if inputs.start > 0 {
                 for c in 0..N {
                     // SAFETY: the rows and outputs are those of this strip.
-                    sums[r][c] = unsafe { sides.target.load(isa, row + r, panel + c) };
+                    sums[r][c] = unsafe { place.load(isa, row + r, panel + c) };
                 }
             }
         }
@@ -271,7 +296,7 @@ impl<L: Line, const R: usize, const C: usize, const D: usize, const AHEAD: usize
         for r in 0..R {
             for c in 0..N {
                 // SAFETY: as above.
-                unsafe { sides.target.store(isa, sums[r][c], row + r, panel + c) };
+                unsafe { place.store(isa, sums[r][c], row + r, panel + c) };
             }
         }
     }
@@ -300,14 +325,22 @@ impl<L: Line> Task for Widen<'_, L> {
     }
 }
 
-/// Works with the place where this thread widens panels.
-fn widening(work: impl FnOnce(&mut Vec<F32>)) {
-    thread_local!(static OWN: RefCell<Vec<F32>> = const { RefCell::new(Vec::new()) });
-    // Nobody who works with it asks for it again; a new one would do as well.
-    OWN.with(|own| match own.try_borrow_mut() {
-        Ok(mut own) => work(&mut own),
-        Err(_) => work(&mut Vec::new()),
-    });
+/// Where an output comes from: a row of a matrix.
+type Source<'a> = (&'a Matrix<'a>, usize);
+
+/// The sources of all outputs of `parts`, one part after another.
+fn sources<'a>(parts: &'a [Matrix<'a>], bias: Option<&[f32]>) -> Result<Vec<Source<'a>>> {
+    let Some(first) = parts.first() else { return Err(Error::Msg("a weight needs at least one matrix".into()).into()) };
+    for part in parts {
+        check(part, first.inputs)?;
+    }
+    let Some(outputs) = parts.iter().try_fold(0usize, |sum, part| sum.checked_add(part.outputs)) else {
+        return Err(Error::Msg("the outputs of a weight overflow".into()).into());
+    };
+    if bias.is_some_and(|bias| bias.len() != outputs) {
+        return Err(Error::Msg(format!("a bias of {} values does not fit {outputs} outputs", bias.map_or(0, <[f32]>::len))).into());
+    }
+    Ok(parts.iter().flat_map(|part| (0..part.outputs).map(move |row| (part, row))).collect())
 }
 
 fn check(part: &Matrix<'_>, inputs: usize) -> Result<()> {
@@ -324,20 +357,17 @@ fn check(part: &Matrix<'_>, inputs: usize) -> Result<()> {
     Ok(())
 }
 
-/// Packs stacked `parts`, each thread its own panels, which `finish` has last.
+/// Packs the rows of `sources`, each thread its own panels, which `finish` has last.
 fn lines<L: Line>(
     ops: &CpuOps,
-    parts: &[Matrix<'_>],
-    outputs: usize,
+    sources: &[Option<Source<'_>>],
     inputs: usize,
     finish: fn(&mut [L]),
     done: &dyn Fn(&[u8]),
 ) -> Result<Lines<L>> {
-    let (size, panels, team) = (L::count(inputs), outputs.div_ceil(LANES), &ops.team);
-    let no_memory = || Error::Msg(format!("no memory for a weight of {outputs} x {inputs}"));
+    let (size, panels, team) = (L::count(inputs), sources.len().div_ceil(LANES), &ops.team);
+    let no_memory = || Error::Msg(format!("no memory for a weight of {} x {inputs}", sources.len()));
     let mut lines = panels.checked_mul(size).and_then(|count| ops.weights.lines::<L>(count).ok()).ok_or_else(no_memory)?;
-    // (part, its row) of each output.
-    let sources: Vec<_> = parts.iter().flat_map(|part| (0..part.outputs).map(move |row| (part, row))).collect();
     // Slab by slab, so that a file and its weight are never both in memory.
     let slab = (SLAB / inputs.saturating_mul(LANES * 4)).max(team.threads());
     for (lines, sources) in lines.chunks_mut(slab.saturating_mul(size)).zip(sources.chunks(slab * LANES)) {
@@ -349,28 +379,28 @@ fn lines<L: Line>(
                 finish(panel);
             });
         });
-        let mut rest = sources;
-        while let Some((part, row)) = rest.first() {
-            let count = rest.iter().take_while(|(other, _)| std::ptr::eq(*other, *part)).count();
-            let width = inputs * part.dtype.size_in_bytes();
+        let mut rows: Vec<_> = sources.iter().flatten().map(|&(part, row)| (part.bytes.as_ptr().addr(), row, part)).collect();
+        rows.sort_unstable_by_key(|&(part, row, _)| (part, row));
+        for run in rows.chunk_by(|(one, row, _), (other, next, _)| (one, row + 1) == (other, *next)) {
+            let ((_, row, part), width) = (run[0], inputs * run[0].2.dtype.size_in_bytes());
             match part.transposed {
-                false => done(&part.bytes[row * width..(row + count) * width]),
-                true if row + count == part.outputs => done(part.bytes),
+                false => done(&part.bytes[row * width..(row + run.len()) * width]),
+                true if row + run.len() == part.outputs => done(part.bytes),
                 true => {}
             }
-            rest = &rest[count..];
         }
     }
     Ok(lines)
 }
 
 /// Writes every value of a panel of zeros, of the first outputs of `sources`.
-fn fill<L: Line>(panel: &mut [L], sources: &[(&Matrix<'_>, usize)], inputs: usize) {
+fn fill<L: Line>(panel: &mut [L], sources: &[Option<Source<'_>>], inputs: usize) {
     /// Inputs at a time, so that their lines stay in the first-level cache.
     const STEP: usize = 256;
     for first in (0..inputs).step_by(STEP) {
         let (panel, count) = (&mut panel[first / L::INPUTS..], STEP.min(inputs - first));
-        for (lane, &(part, row)) in sources.iter().take(LANES).enumerate() {
+        for (lane, source) in sources.iter().take(LANES).enumerate() {
+            let &Some((part, row)) = source else { continue };
             let size = part.dtype.size_in_bytes();
             let (start, stride) = if part.transposed { (row, part.outputs) } else { (row * inputs, 1) };
             L::fill(panel, lane, count, part.dtype, part.bytes, (start + first * stride) * size, stride * size);
@@ -386,6 +416,7 @@ mod tests {
             isa::{Level, tests::vectorised},
             noise, ops,
             peaks::BLOCK,
+            threads::Shares,
         },
         *,
     };
@@ -394,7 +425,7 @@ mod tests {
     const DTYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
 
     /// Values that each type holds exactly, and their bytes, unaligned.
-    struct Source {
+    struct File {
         values: Vec<f32>,
         bytes: Vec<u8>,
         dtype: DType,
@@ -402,7 +433,7 @@ mod tests {
         inputs: usize,
     }
 
-    impl Source {
+    impl File {
         fn new(dtype: DType, outputs: usize, inputs: usize) -> Self {
             let values: Vec<f32> = noise(outputs * inputs, 7).iter().map(|&x| f16::from_f32(bf16::from_f32(x).to_f32()).to_f32()).collect();
             let bytes = |value: &f32| match dtype {
@@ -429,8 +460,13 @@ mod tests {
 
     fn product(weight: &Weight, level: Level, threads: usize, x: &[f32]) -> Vec<f32> {
         let (ops, mut y) = (ops(level, threads), vec![f32::NAN; x.len() / weight.inputs * weight.outputs]);
-        ops.team.hold(|| weight.product(&ops, x, &mut y, Then::Nothing));
+        apply(weight, &ops, x, Then::Write(Shares::new(&mut y)));
         y
+    }
+
+    fn apply(weight: &Weight, ops: &CpuOps, x: &[f32], then: Then<'_>) {
+        let form = weight.form(ops, x.len() / weight.inputs);
+        ops.team.hold(|| weight.product(ops, &Inputs::of(ops, form, x, weight.inputs, None), then));
     }
 
     fn best(weight: &Weight, x: &[f32]) -> Vec<f32> {
@@ -443,7 +479,7 @@ mod tests {
             // The last two reach beyond what is computed at once: 640 inputs, 96 rows.
             let shapes = [(1, 1, 7), (63, 31, 7), (64, 576, 3), (65, 1, 7), (130, 31, 7), (130, 576, 1), (17, 1300, 7), (33, 31, 100)];
             for (outputs, inputs, most) in shapes {
-                let source = Source::new(dtype, outputs, inputs);
+                let source = File::new(dtype, outputs, inputs);
                 let weight = source.weight();
                 for rows in (1..=most.min(7)).chain([most]) {
                     let x = noise(rows * inputs, 11);
@@ -468,7 +504,7 @@ mod tests {
 
     #[test]
     fn threads_and_company_change_no_bit() {
-        let weight = Source::new(DType::BF16, 100, 700).weight();
+        let weight = File::new(DType::BF16, 100, 700).weight();
         let x = noise(101 * 700, 3);
         let all = best(&weight, &x);
         for row in [0, 5, 95, 96, 100] {
@@ -482,11 +518,11 @@ mod tests {
 
     #[test]
     fn a_product_is_added_onto_what_is_there() {
-        let weight = Source::new(DType::F32, 100, 700).weight();
+        let weight = File::new(DType::F32, 100, 700).weight();
         let (x, there) = (noise(101 * 700, 3), noise(101 * 100, 4));
         for rows in [1, 4, 101] {
             let (ops, mut onto) = (ops(Level::best(None), 2), there[..rows * 100].to_vec());
-            ops.team.hold(|| weight.product(&ops, &x[..rows * 700], &mut vec![0.0; rows * 100], Then::Onto(&mut onto)));
+            apply(&weight, &ops, &x[..rows * 700], Then::Onto(Shares::new(&mut onto)));
             let expected: Vec<f32> = best(&weight, &x[..rows * 700]).iter().zip(&there).map(|(y, there)| there + y).collect();
             assert!(onto == expected);
         }
@@ -496,11 +532,11 @@ mod tests {
     fn a_product_notes_the_peaks_of_its_rows() {
         for (outputs, inputs) in [(1, 3), (64, 3), (130, 31), (1_000, 700)] {
             let bias = noise(outputs, 5);
-            let weight = pack(&[Source::new(DType::F32, outputs, inputs).matrix()], Some(&bias)).unwrap();
+            let weight = pack(&[File::new(DType::F32, outputs, inputs).matrix()], Some(&bias)).unwrap();
             for (rows, level) in [1, 4, 7, 101].into_iter().flat_map(|rows| Level::all().into_iter().map(move |level| (rows, level))) {
                 let (x, ops, mut y) = (noise(rows * inputs, 3), ops(level, 2), vec![f32::NAN; rows * outputs]);
                 let mut peaks = vec![f32::NAN; rows * outputs.div_ceil(BLOCK)];
-                ops.team.hold(|| weight.product(&ops, &x, &mut y, Then::Peaks(&mut peaks)));
+                apply(&weight, &ops, &x, Then::Peaks(Shares::new(&mut y), Shares::new(&mut peaks)));
                 assert!(y == product(&weight, level, 2, &x));
                 let blocks = y.chunks(outputs).flat_map(|row| row.chunks(BLOCK));
                 assert!(
@@ -515,14 +551,14 @@ mod tests {
     fn bf16_arithmetic_packs_bf16_of_every_file() {
         let (x, bias, there) = (noise(101 * 70, 3), noise(100, 4), noise(101 * 100, 5));
         for dtype in DTYPES {
-            let source = Source::new(dtype, 100, 70);
+            let source = File::new(dtype, 100, 70);
             let weight =
                 Weight::pack(&CpuOps { dtype: DType::BF16, ..ops(Level::PORTABLE, 2) }, &[source.matrix()], Some(&bias), &|_| ()).unwrap();
             assert_eq!(weight.bytes(), 112 * 96 * 2 + 100 * 4);
             let ops = CpuOps { dtype: DType::BF16, ..ops(Level::best(None), 2) };
             for rows in [1, 4, 101] {
-                let (mut y, mut onto) = (vec![f32::NAN; rows * 100], there[..rows * 100].to_vec());
-                ops.team.hold(|| weight.product(&ops, &x[..rows * 70], &mut y, Then::Onto(&mut onto)));
+                let mut onto = there[..rows * 100].to_vec();
+                apply(&weight, &ops, &x[..rows * 70], Then::Onto(Shares::new(&mut onto)));
                 for (i, &onto) in onto.iter().enumerate() {
                     let (x, w) = (&x[i / 100 * 70..][..70], &source.values[i % 100 * 70..][..70]);
                     let sum: f32 = x.iter().zip(w).map(|(&x, &w)| bf16::from_f32(x).to_f32() * w).sum();
@@ -536,7 +572,7 @@ mod tests {
     fn f16_arithmetic_packs_f16_of_every_file() {
         let x = noise(7 * 70, 3);
         for dtype in DTYPES {
-            let source = Source::new(dtype, 100, 70);
+            let source = File::new(dtype, 100, 70);
             let weight = Weight::pack(&CpuOps { dtype: DType::F16, ..ops(Level::PORTABLE, 2) }, &[source.matrix()], None, &|_| ()).unwrap();
             assert_eq!(weight.bytes(), 112 * 70 * 2);
             for (i, y) in best(&weight, &x).into_iter().enumerate() {
@@ -549,7 +585,7 @@ mod tests {
 
     #[test]
     fn a_file_is_let_go_as_it_is_packed() {
-        let (source, seen) = (Source::new(DType::BF16, 100, 70_000), std::cell::RefCell::new(Vec::new()));
+        let (source, seen) = (File::new(DType::BF16, 100, 70_000), std::cell::RefCell::new(Vec::new()));
         let done = |bytes: &[u8]| seen.borrow_mut().push((bytes.as_ptr() as usize, bytes.len()));
         Weight::pack(&ops(Level::PORTABLE, 2), &[source.matrix().rows(0..30), source.matrix().rows(30..100)], None, &done).unwrap();
         let mut at = source.bytes[1..].as_ptr() as usize;
@@ -563,13 +599,13 @@ mod tests {
 
     #[test]
     fn parts_are_stacked_and_the_bias_is_added_last() {
-        let parts = [Source::new(DType::F16, 20, 40), Source::new(DType::F16, 5, 40), Source::new(DType::F16, 30, 40)];
-        let mixed = [Source::new(DType::F16, 20, 40), Source::new(DType::F32, 5, 40), Source::new(DType::BF16, 30, 40)];
+        let parts = [File::new(DType::F16, 20, 40), File::new(DType::F16, 5, 40), File::new(DType::F16, 30, 40)];
+        let mixed = [File::new(DType::F16, 20, 40), File::new(DType::F32, 5, 40), File::new(DType::BF16, 30, 40)];
         let bias = noise(55, 1);
         let x = noise(80, 2);
         for parts in [parts, mixed] {
             let apart: Vec<_> = parts.iter().map(|part| best(&part.weight(), &x)).collect();
-            let matrices = parts.each_ref().map(Source::matrix);
+            let matrices = parts.each_ref().map(File::matrix);
             let stacked = pack(&matrices, Some(&bias)).unwrap();
             let y = best(&stacked, &x);
             for row in 0..2 {
@@ -582,7 +618,7 @@ mod tests {
 
     #[test]
     fn a_transposed_file_gives_the_same_weight() {
-        let source = Source::new(DType::F32, 37, 300);
+        let source = File::new(DType::F32, 37, 300);
         let mut bytes = vec![0];
         for (input, output) in (0..300).flat_map(|input| (0..37).map(move |output| (input, output))) {
             bytes.extend(source.values[output * 300 + input].to_le_bytes());
@@ -596,7 +632,7 @@ mod tests {
     #[test]
     fn rows_come_out_as_they_went_in() {
         for dtype in DTYPES {
-            let source = Source::new(dtype, 50, 33);
+            let source = File::new(dtype, 50, 33);
             let mut rows = vec![f32::NAN; 4 * 33];
             source.weight().rows(&Team::of(2), &[49, 0, 17, 17], &mut rows);
             let expected: Vec<f32> = [49, 0, 17, 17].iter().flat_map(|i| &source.values[i * 33..][..33]).copied().collect();
@@ -607,14 +643,14 @@ mod tests {
     #[test]
     fn the_type_of_the_file_is_kept() {
         // 50 outputs take 4 panels of 16; bf16 has inputs up to 64.
-        assert_eq!(DTYPES.map(|dtype| Source::new(dtype, 50, 33).weight().bytes()), [64 * 33 * 4, 64 * 64 * 2, 64 * 33 * 2]);
-        let source = Source::new(DType::BF16, 50, 33);
+        assert_eq!(DTYPES.map(|dtype| File::new(dtype, 50, 33).weight().bytes()), [64 * 33 * 4, 64 * 64 * 2, 64 * 33 * 2]);
+        let source = File::new(DType::BF16, 50, 33);
         assert_eq!(pack(&[source.matrix()], Some(&[0.0; 50])).unwrap().bytes(), 64 * 64 * 2 + 50 * 4);
     }
 
     #[test]
     fn lying_matrices_are_refused() {
-        let source = Source::new(DType::F32, 4, 6);
+        let source = File::new(DType::F32, 4, 6);
         let refuse = |matrix, bias| pack(&[source.matrix(), matrix], bias).unwrap_err().to_string();
         let short = Matrix { bytes: &source.bytes[2..], ..source.matrix() };
         assert_eq!(refuse(short, None), "tensor: a weight of 95 bytes as 4 x 6 beside one with 6 inputs");

@@ -3,6 +3,7 @@
 use super::{
     CpuOps,
     isa::{Isa, Task},
+    line::LANES,
     math,
 };
 use crate::kernels::{Activation, Norm, NormKind};
@@ -34,15 +35,6 @@ pub(super) fn activate(ops: &CpuOps, activation: Activation, x: &mut [f32], widt
     ops.team.chunks(x, width, width * FUNCTION, |_, x| ops.level.run(Activate { activation, x }));
 }
 
-/// `activation(gate) * up` of tokens `[gate | up]`, to `y`.
-pub(super) fn gate(ops: &CpuOps, activation: Activation, x: &[f32], width: usize, y: &mut [f32]) {
-    let half = width / 2;
-    ops.team.chunks(y, half, half * FUNCTION, |i, y| {
-        let (gate, up) = x[i * width..][..width].split_at(half);
-        ops.level.run(Gate { activation, gate, up, y });
-    });
-}
-
 /// `x + y`, to `x`.
 pub(super) fn add(ops: &CpuOps, x: &mut [f32], y: &[f32]) {
     ops.team.chunks(x, PIECE, PIECE, |i, x| x.iter_mut().zip(&y[i * PIECE..]).for_each(|(x, y)| *x += y));
@@ -58,11 +50,12 @@ pub(super) fn softmax(ops: &CpuOps, x: &mut [f32], width: usize) {
     ops.team.chunks(x, width, width * FUNCTION, |_, x| ops.level.run(Softmax { x }));
 }
 
-struct Normalise<'a> {
-    norm: &'a Norm<Vec<f32>>,
+/// The norm of `x`, in place.
+pub(super) struct Normalise<'a> {
+    pub norm: &'a Norm<Vec<f32>>,
     /// The first weight.
-    first: usize,
-    x: &'a mut [f32],
+    pub first: usize,
+    pub x: &'a mut [f32],
 }
 
 impl Task for Normalise<'_> {
@@ -110,11 +103,10 @@ impl Task for Activate<'_> {
     }
 }
 
-struct Gate<'a> {
-    activation: Activation,
-    gate: &'a [f32],
-    up: &'a [f32],
-    y: &'a mut [f32],
+/// `activation(gate) * up` of lines that are gates and what they open by turns, to the first half.
+pub(super) struct Gate<'a> {
+    pub activation: Activation,
+    pub y: &'a mut [f32],
 }
 
 impl Task for Gate<'_> {
@@ -122,13 +114,23 @@ impl Task for Gate<'_> {
 
     #[inline(always)]
     fn run<I: Isa>(self, _: I) {
-        let Self { activation, gate, up, y } = self;
-        let values = y.iter_mut().zip(gate).zip(up);
-        match activation {
-            Activation::Silu => values.for_each(|((y, gate), up)| *y = math::activate(Activation::Silu, *gate) * up),
-            Activation::Gelu => values.for_each(|((y, gate), up)| *y = math::activate(Activation::Gelu, *gate) * up),
-            Activation::GeluTanh => values.for_each(|((y, gate), up)| *y = math::activate(Activation::GeluTanh, *gate) * up),
-            Activation::Relu => values.for_each(|((y, gate), up)| *y = math::activate(Activation::Relu, *gate) * up),
+        let lines = self.y.as_chunks_mut::<LANES>().0;
+        // One loop each, or the choice is made for each value.
+        match self.activation {
+            Activation::Silu => gate(lines, |x| math::activate(Activation::Silu, x)),
+            Activation::Gelu => gate(lines, |x| math::activate(Activation::Gelu, x)),
+            Activation::GeluTanh => gate(lines, |x| math::activate(Activation::GeluTanh, x)),
+            Activation::Relu => gate(lines, |x| math::activate(Activation::Relu, x)),
+        }
+    }
+}
+
+#[inline(always)]
+fn gate(lines: &mut [[f32; LANES]], f: impl Fn(f32) -> f32) {
+    for i in 0..lines.len() / 2 {
+        let (gate, up) = (lines[2 * i], lines[2 * i + 1]);
+        for lane in 0..LANES {
+            lines[i][lane] = f(gate[lane]) * up[lane];
         }
     }
 }
@@ -252,8 +254,8 @@ mod tests {
                 let mut y = vec![0.0; x.len()];
                 norm(&ops, &parameters, x, 130, &mut y);
                 activate(&ops, Activation::Gelu, &mut y, 130);
-                let mut z = vec![0.0; x.len() / 2];
-                gate(&ops, Activation::Silu, &y, 130, &mut z);
+                activate(&ops, Activation::Silu, &mut y, 130);
+                let mut z: Vec<f32> = y.chunks(130).flat_map(|y| &y[..65]).copied().collect();
                 let copy = z.clone();
                 add(&ops, &mut z, &copy);
                 softcap(&ops, 1.5, &mut z);

@@ -1,11 +1,29 @@
 //! Memory of activations, keys and values, used again and again: fresh memory costs a page fault for every 4 kB. It begins at cache
 //! lines, by which matrix units read and write.
 
-use super::line::{F32, LANES};
+use super::line::{F32, LANES, Line};
 use std::{
+    cell::RefCell,
     ops::{Deref, DerefMut},
     sync::{Arc, Mutex, PoisonError},
 };
+
+/// Has `work` use memory of this thread, so many lines, whatever is in them.
+pub(super) fn local<R>(count: usize, work: impl FnOnce(&mut [F32]) -> R) -> R {
+    // Several, as work may ask for more within itself.
+    thread_local!(static SPARES: RefCell<Vec<Vec<F32>>> = const { RefCell::new(Vec::new()) });
+    let mut own = SPARES.with_borrow_mut(Vec::pop).unwrap_or_default();
+    own.resize(own.len().max(count), F32::ZERO);
+    let result = work(&mut own[..count]);
+    SPARES.with_borrow_mut(|spares| spares.push(own));
+    result
+}
+
+/// The values of lines.
+pub(super) fn values(lines: &mut [F32]) -> &mut [f32] {
+    // SAFETY: a line is 16 values and nothing else; exclusive as `lines` is.
+    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * LANES) }
+}
 
 /// Lines that are kept while nothing is generated: 32 MB.
 const KEPT: usize = (32 << 20) / size_of::<F32>();
@@ -72,6 +90,12 @@ impl Buffer {
 
     pub(crate) fn lines_mut(&mut self) -> &mut [F32] {
         &mut self.lines
+    }
+
+    /// The same memory as twice as many values of 16 bits.
+    pub(super) fn halves(&self) -> &[u16] {
+        // SAFETY: a line is 32 values of 16 bits, any bits are a number, and the alignment is more than enough.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), 2 * self.len) }
     }
 
     /// The same memory as twice as many values of 16 bits.

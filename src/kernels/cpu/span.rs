@@ -7,7 +7,10 @@ use super::{
     math,
     tile::{ROWS, Sums, Tiles, is_wide, multiply, tiled},
 };
-use crate::{cache::PAGE, kernels::Attention};
+use crate::{
+    cache::PAGE,
+    kernels::{Attention, Bias},
+};
 use std::ops::Range;
 
 /// One span of a job. Positions count from the span's start.
@@ -142,7 +145,6 @@ impl Task for Soften<'_, '_> {
     #[inline(always)]
     fn run<I: Isa>(self, _: I) {
         let Self(work) = self;
-        let Attention { scale, softcap, .. } = *work.job.attention;
         let (dims, stride) = (work.job.dims(), work.job.stride());
         for (i, query) in work.queries.iter().enumerate() {
             let Range { start, end } = query.seen;
@@ -152,36 +154,58 @@ impl Task for Soften<'_, '_> {
             // Whole pages, so that a position is always in the same lane.
             let first = start / PAGE * PAGE;
             let scores = &mut work.scores[i * work.len..][first..end.next_multiple_of(PAGE)];
-            for score in scores.iter_mut() {
-                *score *= scale;
-            }
-            if let Some(cap) = softcap {
-                for score in scores.iter_mut() {
-                    *score = cap * math::tanh(*score / cap);
-                }
-            }
-            work.job.bias(i).add(scores, work.start + first);
-            // Also hides what an unwritten or later position holds.
-            scores[..start - first].fill(f32::NEG_INFINITY);
-            scores[end - first..].fill(f32::NEG_INFINITY);
+            let scale = prepare(work.job, i, scores, work.start + first);
             let lines = scores.as_chunks_mut::<LANES>().0;
+            // What an unwritten or later position holds is hidden.
             let mut lanes = [f32::NEG_INFINITY; LANES];
-            for line in &*lines {
-                for (lane, &score) in lanes.iter_mut().zip(line) {
-                    *lane = if score > *lane { score } else { *lane };
+            let last = lines.len() - 1;
+            show(&mut lines[0], scale, start - first..end - first, &mut lanes);
+            if last > 0 {
+                for line in &mut lines[1..last] {
+                    show(line, scale, 0..LANES, &mut lanes);
                 }
+                show(&mut lines[last], scale, 0..end - first - last * LANES, &mut lanes);
             }
             let max = math::fold(lanes, |a, b| if b > a { b } else { a });
             let mut lanes = [0.0; LANES];
             for line in lines {
                 for (lane, score) in lanes.iter_mut().zip(line) {
-                    *score = math::exp(*score - max);
+                    *score = math::decay(*score - max);
                     *lane += *score;
                 }
             }
             work.part[i * stride + dims] = max;
             work.part[i * stride + dims + 1] = math::fold(lanes, |a, b| a + b);
         }
+    }
+}
+
+/// Caps and biases the scores of query `i` from position `first` on, where that is done; returns what is left to multiply them by.
+#[inline(always)]
+fn prepare(job: &Job<'_>, i: usize, scores: &mut [f32], first: usize) -> f32 {
+    let Attention { scale, softcap, ref bias, .. } = *job.attention;
+    if let (None, Bias::None) = (softcap, bias) {
+        return scale;
+    }
+    for score in scores.iter_mut() {
+        *score *= scale;
+    }
+    if let Some(cap) = softcap {
+        for score in scores.iter_mut() {
+            *score = cap * math::tanh(*score / cap);
+        }
+    }
+    job.bias(i).add(scores, first);
+    1.0
+}
+
+/// Scales a line of scores, hides those that are not in `seen`, and notes the largest of each lane.
+#[inline(always)]
+fn show(line: &mut [f32; LANES], scale: f32, seen: Range<usize>, lanes: &mut [f32; LANES]) {
+    for i in 0..LANES {
+        let score = line[i] * scale;
+        line[i] = if i >= seen.start && i < seen.end { score } else { f32::NEG_INFINITY };
+        lanes[i] = if line[i] > lanes[i] { line[i] } else { lanes[i] };
     }
 }
 

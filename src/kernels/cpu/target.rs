@@ -1,47 +1,42 @@
-//! Where a product goes: its outputs, cut into pieces for the threads, and what is done with them at the end.
+//! Where a product goes: its outputs, cut into pieces for the threads, and what is done with them while they are at hand.
 
 use super::{
-    isa::{Isa, Level, by_vectors},
-    line::LANES,
+    CpuOps,
+    inputs::Writer,
+    isa::{Isa, Level, Task, by_vectors},
+    line::{F32, LANES},
     peaks::{BLOCK, Highest},
+    pointwise::Gate,
+    scratch::{local, values},
     threads::{Shares, Team, part},
     tile::ROWS,
 };
+use crate::kernels::Activation;
 use std::ops::Range;
 
 /// The outputs of a product, `(rows, width)`.
 pub(super) struct Target<'a> {
-    y: Shares<'a, f32>,
     rows: usize,
     width: usize,
     bias: Option<&'a [f32]>,
-    then: Then<Shares<'a, f32>>,
+    then: Then<'a>,
 }
 
-/// What is done with outputs and their bias while they are at hand.
-pub(super) enum Then<T> {
-    Nothing,
-    /// They are added to this, and are scratch themselves.
-    Onto(T),
-    /// The largest of each block of a row is noted, as [`Highest`] does.
-    Peaks(T),
-}
-
-impl<T> Then<T> {
-    fn map<U>(self, f: impl FnOnce(T) -> U) -> Then<U> {
-        match self {
-            Self::Nothing => Then::Nothing,
-            Self::Onto(to) => Then::Onto(f(to)),
-            Self::Peaks(to) => Then::Peaks(f(to)),
-        }
-    }
+/// What is done with outputs and their bias.
+pub(super) enum Then<'a> {
+    /// They are written here.
+    Write(Shares<'a, f32>),
+    /// They are written to the first, and the largest of each block of a row is noted in the second, as [`Highest`] does.
+    Peaks(Shares<'a, f32>, Shares<'a, f32>),
+    /// They are added to this.
+    Onto(Shares<'a, f32>),
+    /// Panels are gates and what they open, by turns: their products are inputs of another product.
+    Gate(Activation, Writer<'a>),
 }
 
 /// Pieces of outputs: bands of rows, in each of them chunks of panels.
 pub(super) struct Cut {
-    pub count: usize,
-    /// Rows of a band.
-    pub band: usize,
+    pub bands: usize,
     /// Chunks of a band.
     pub chunks: usize,
     /// Panels that stay together.
@@ -56,40 +51,53 @@ pub(super) struct Bands {
     pub step: usize,
     /// Panels of a tile.
     pub panels: usize,
+    /// Panels that are computed together where many rows of them are not written but go on: so many stay in the cache.
+    pub group: usize,
 }
 
 impl Bands {
     /// For products by vectors of many rows.
     pub(super) fn of(level: Level) -> Self {
-        Self { most: 96, step: ROWS, panels: if level.is_wide() { 4 } else { 1 } }
+        Self { most: 96, step: ROWS, panels: if level.is_wide() { 4 } else { 1 }, group: 8 }
     }
 }
 
 impl<'a> Target<'a> {
-    pub(super) fn new(y: &'a mut [f32], width: usize, bias: Option<&'a [f32]>, then: Then<&'a mut [f32]>) -> Self {
-        Self { rows: y.len() / width.max(1), y: Shares::new(y), width, bias, then: then.map(Shares::new) }
+    pub(super) fn new(rows: usize, width: usize, bias: Option<&'a [f32]>, then: Then<'a>) -> Self {
+        Self { rows, width, bias, then }
     }
 
     /// Has threads compute all outputs, each the panels of some rows by `f`. A panel is `inputs` inputs in `bytes` bytes of memory.
     ///
     /// # Safety
-    /// `f` accesses no other outputs than those that it is given.
+    /// `f` accesses no other outputs of its place than those that it is given.
     pub(super) unsafe fn fill(
         &self,
-        team: &Team,
+        ops: &CpuOps,
         inputs: usize,
         bytes: usize,
-        bands: Bands,
-        f: impl Fn(Range<usize>, Range<usize>) + Sync,
+        bands: &Bands,
+        f: impl Fn(Range<usize>, Range<usize>, &Place<'_>) + Sync,
     ) {
-        let Cut { count, band, chunks, step } = self.cut(team, inputs, bytes, &bands);
-        let (rows, panels) = (self.rows, self.width.div_ceil(LANES));
-        team.run(count * chunks, |i| {
-            let (at, chunk) = (i / chunks * band, i % chunks);
-            let (rows, panels) = (at.min(rows)..rows.min(at + band), part(panels, step, chunks, chunk));
-            f(rows.clone(), panels.clone());
-            // SAFETY: bands and parts of the panels do not overlap, so nobody else has these outputs.
-            unsafe { self.finish(rows, panels) };
+        let Cut { bands: count, chunks, step } = self.cut(&ops.team, inputs, bytes, bands);
+        let panels = self.width.div_ceil(LANES);
+        ops.team.run(count * chunks, |i| {
+            let (rows, panels) = (part(self.rows, bands.step, count, i / chunks), part(panels, step, chunks, i % chunks));
+            if let Then::Write(y) | Then::Peaks(y, _) = &self.then {
+                f(rows.clone(), panels.clone(), &Place { y, stride: self.width, width: self.width, row: 0, panel: 0 });
+                // SAFETY: bands and parts of the panels do not overlap, so nobody else has these outputs.
+                return unsafe { self.finish(rows, panels) };
+            }
+            let group = if rows.len() > ROWS { bands.group } else { panels.len().max(1) };
+            for panel in panels.clone().step_by(group) {
+                let panels = panel..panels.end.min(panel + group);
+                local(rows.len() * panels.len(), |own| {
+                    let (y, width) = (Shares::new(values(own)), panels.len() * LANES);
+                    f(rows.clone(), panels.clone(), &Place { y: &y, stride: width, width, row: rows.start, panel });
+                    // SAFETY: as above.
+                    unsafe { self.pass_on(ops.level, rows.clone(), panels, own) };
+                });
+            }
         });
     }
 
@@ -97,7 +105,6 @@ impl<'a> Target<'a> {
     pub(super) fn cut(&self, team: &Team, inputs: usize, bytes: usize, bands: &Bands) -> Cut {
         let (rows, panels) = (self.rows, self.width.div_ceil(LANES));
         let count = rows.div_ceil(bands.most).max(1);
-        let band = rows.div_ceil(count).next_multiple_of(bands.step);
         let wanted = match team.worth(self.width * inputs * rows) {
             1 => 1,
             // Some more pieces than threads, which are not equally fast.
@@ -107,36 +114,65 @@ impl<'a> Target<'a> {
         };
         // Few rows take panels otherwise, and what is left of them costs little.
         let step = if rows > ROWS { bands.panels } else { 2 };
-        let step = if let Then::Peaks(_) = self.then { step.next_multiple_of(BLOCK / LANES) } else { step };
-        Cut { count, band, chunks: wanted.div_ceil(count).min(panels.div_ceil(step).max(1)), step }
+        let step = match self.then {
+            Then::Peaks(..) => step.next_multiple_of(BLOCK / LANES),
+            Then::Gate(..) => step.next_multiple_of(2),
+            _ => step,
+        };
+        Cut { bands: count, chunks: wanted.div_ceil(count).min(panels.div_ceil(step).max(1)), step }
     }
 
-    /// Adds the bias, then does what is to be done.
+    /// Adds the bias to outputs that are written, and notes peaks.
     ///
     /// # Safety
-    /// No other thread accesses these outputs meanwhile, or what is done with them.
+    /// No other thread accesses these outputs meanwhile, or their peaks.
     unsafe fn finish(&self, rows: Range<usize>, panels: Range<usize>) {
-        if let (None, Then::Nothing) = (self.bias, &self.then) {
-            return;
-        }
+        let (y, peaks) = match &self.then {
+            Then::Write(y) if self.bias.is_some() => (y, None),
+            Then::Peaks(y, peaks) => (y, Some(peaks)),
+            _ => return,
+        };
         let columns = panels.start * LANES..self.width.min(panels.end * LANES);
         for row in rows {
-            let place = row * self.width + columns.start..row * self.width + columns.end;
             // SAFETY: as of this function.
-            let y = unsafe { self.y.slice(place.clone()) };
+            let y = unsafe { y.slice(row * self.width + columns.start..row * self.width + columns.end) };
             if let Some(bias) = self.bias {
                 y.iter_mut().zip(&bias[columns.clone()]).for_each(|(y, bias)| *y += bias);
             }
-            match &self.then {
-                Then::Nothing => {}
-                // SAFETY: as of this function.
-                Then::Onto(onto) => unsafe { onto.slice(place) }.iter_mut().zip(y).for_each(|(onto, y)| *onto += *y),
-                Then::Peaks(peaks) => {
-                    let first = row * self.width.div_ceil(BLOCK) + columns.start / BLOCK;
-                    // SAFETY: as of this function: pieces are whole blocks.
-                    let peaks = unsafe { peaks.slice(first..first + y.len().div_ceil(BLOCK)) };
-                    by_vectors(Highest { values: y, peaks });
+            if let Some(peaks) = peaks {
+                let first = row * self.width.div_ceil(BLOCK) + columns.start / BLOCK;
+                // SAFETY: as of this function: pieces are whole blocks.
+                let peaks = unsafe { peaks.slice(first..first + y.len().div_ceil(BLOCK)) };
+                by_vectors(Highest { values: y, peaks });
+            }
+        }
+    }
+
+    /// Takes outputs, whole panels of them, to where they go.
+    ///
+    /// # Safety
+    /// No other thread accesses what these outputs go to.
+    unsafe fn pass_on(&self, level: Level, rows: Range<usize>, panels: Range<usize>, own: &mut [F32]) {
+        let (own, stride) = (values(own), panels.len() * LANES);
+        let columns = panels.start * LANES..self.width.min(panels.end * LANES);
+        if let Some(bias) = self.bias {
+            let rows = own.chunks_exact_mut(stride);
+            rows.for_each(|y| y.iter_mut().zip(&bias[columns.clone()]).for_each(|(y, bias)| *y += bias));
+        }
+        match &self.then {
+            Then::Write(_) | Then::Peaks(..) => {}
+            Then::Onto(onto) => {
+                for (row, y) in rows.zip(own.chunks_exact(stride)) {
+                    // SAFETY: as of this function.
+                    let onto = unsafe { onto.slice(row * self.width + columns.start..row * self.width + columns.end) };
+                    level.run(Add { y, onto });
                 }
+            }
+            Then::Gate(activation, to) => {
+                let first = columns.start / 2;
+                own.chunks_exact_mut(stride).for_each(|y| level.run(Gate { activation: *activation, y }));
+                // SAFETY: as of this function.
+                unsafe { to.put(level, rows, first..to.width().min(first + stride / 2), own, stride) };
             }
         }
     }
@@ -144,10 +180,45 @@ impl<'a> Target<'a> {
     pub(super) fn rows(&self) -> usize {
         self.rows
     }
+}
 
+struct Add<'a> {
+    y: &'a [f32],
+    onto: &'a mut [f32],
+}
+
+impl Task for Add<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        self.onto.iter_mut().zip(self.y).for_each(|(onto, y)| *onto += y);
+    }
+}
+
+/// Where a kernel writes its outputs.
+pub(super) struct Place<'a> {
+    y: &'a Shares<'a, f32>,
+    /// From a row to the next.
+    stride: usize,
     /// Outputs of a row.
-    pub(super) fn width(&self) -> usize {
-        self.width
+    width: usize,
+    /// The first row and panel.
+    row: usize,
+    panel: usize,
+}
+
+impl<'a> Place<'a> {
+    /// All outputs of a product.
+    #[cfg(test)]
+    pub(super) fn all(y: &'a Shares<'a, f32>, width: usize) -> Self {
+        Self { y, stride: width, width, row: 0, panel: 0 }
+    }
+
+    /// From a row to the next, in values.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn stride(&self) -> usize {
+        self.stride
     }
 
     /// # Safety
@@ -155,17 +226,20 @@ impl<'a> Target<'a> {
     #[inline(always)]
     #[allow(clippy::mut_from_ref)]
     pub(super) unsafe fn outputs(&self, row: usize, panel: usize) -> &mut [f32] {
+        let (start, first) = ((row - self.row) * self.stride, (panel - self.panel) * LANES);
         // SAFETY: as of this function.
-        unsafe { self.y.slice(row * self.width + panel * LANES..row * self.width + self.width.min((panel + 1) * LANES)) }
+        unsafe { self.y.slice(start + first..start + self.width.min(first + LANES)) }
     }
 
     /// Where the outputs of a whole panel begin in the first of some rows; nothing if they are not all inside.
     #[cfg(target_arch = "x86_64")]
     pub(super) fn corner(&self, rows: Range<usize>, panel: usize) -> Option<*mut f32> {
-        if rows.is_empty() || (panel + 1) * LANES > self.width {
+        let first = (panel - self.panel) * LANES;
+        if rows.is_empty() || first + LANES > self.width {
             return None;
         }
-        self.y.pointer(rows.start * self.width + panel * LANES..(rows.end - 1) * self.width + (panel + 1) * LANES)
+        let (start, last) = (rows.start - self.row, rows.end - 1 - self.row);
+        self.y.pointer(start * self.stride + first..last * self.stride + first + LANES)
     }
 
     /// # Safety

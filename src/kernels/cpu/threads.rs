@@ -128,17 +128,19 @@ impl Team {
     /// `f(i, chunk)` for each chunk of `size` values, each chunk `work` multiply-adds.
     pub(super) fn chunks<T: Send>(&self, data: &mut [T], size: usize, work: usize, f: impl Fn(usize, &mut [T]) + Sync) {
         let (len, size) = (data.len(), size.max(1));
-        let count = len.div_ceil(size);
+        let data = Shares::new(data);
+        self.each(len.div_ceil(size), work, |i| {
+            // SAFETY: chunks do not overlap, and each is done once.
+            f(i, unsafe { data.slice(i * size..len.min((i + 1) * size)) });
+        });
+    }
+
+    /// `f(0)`, `f(1)`, ... for `count` things, each of `work` multiply-adds, neighbours one after another.
+    pub(super) fn each(&self, count: usize, work: usize, f: impl Fn(usize) + Sync) {
         // Some more pieces than threads, which are not equally fast.
         let pieces = self.worth(count * work).min(count);
         let pieces = if pieces > 1 { (pieces * 4).min(count) } else { pieces };
-        let data = Shares::new(data);
-        self.run(pieces, |piece| {
-            for i in part(count, 1, pieces, piece) {
-                // SAFETY: chunks do not overlap, and each is in one piece.
-                f(i, unsafe { data.slice(i * size..len.min((i + 1) * size)) });
-            }
-        });
+        self.run(pieces, |piece| part(count, 1, pieces, piece).for_each(&f));
     }
 }
 

@@ -3,11 +3,7 @@
 //! Every output is accumulated alone, inputs ascending, with one fused multiply-add each, starting from its own sum. So its bits depend
 //! neither on the shape of the tile nor on where a long product is cut.
 
-use super::{
-    CpuOps,
-    isa::{Isa, Task},
-    line::{LANES, Line},
-};
+use super::{isa::Isa, line::Line};
 use std::ops::Range;
 
 /// Sums of `R` rows with `C` panels, in registers.
@@ -56,7 +52,7 @@ impl<const R: usize> Rows<R> for [&[f32]; R] {
     }
 }
 
-/// Rows after [`interleave`]: their values of an input lie together, so that a tile reads them in one stream.
+/// Rows of a strip: their values of an input lie together, so that a tile reads them in one stream.
 impl<const R: usize> Rows<R> for &[[f32; R]] {
     type Pairs = Self;
 
@@ -132,46 +128,6 @@ pub(super) fn multiply<I: Isa, L: Line, const R: usize, const C: usize, const AH
                 for r in 0..R {
                     sums[r][c] = isa.mul_add(line, rows.last(r), sums[r][c]);
                 }
-            }
-        }
-    }
-}
-
-/// Copies `x`, `(rows, inputs)`, so that of every [`ROWS`] rows the values of an input lie together.
-pub(super) fn interleave(ops: &CpuOps, x: &[f32], inputs: usize, to: &mut [f32]) {
-    // A value costs about a multiply-add of a line.
-    ops.team.chunks(to, ROWS * inputs, ROWS * inputs * LANES, |strip, to| {
-        let rows = &x[strip * ROWS * inputs..][..to.len()];
-        match to.len() / inputs {
-            1 => ops.level.run(Interleave::<1> { rows, to }),
-            2 => ops.level.run(Interleave::<2> { rows, to }),
-            3 => ops.level.run(Interleave::<3> { rows, to }),
-            4 => ops.level.run(Interleave::<4> { rows, to }),
-            5 => ops.level.run(Interleave::<5> { rows, to }),
-            _ => ops.level.run(Interleave::<ROWS> { rows, to }),
-        }
-    });
-}
-
-struct Interleave<'a, const R: usize> {
-    rows: &'a [f32],
-    to: &'a mut [f32],
-}
-
-impl<const R: usize> Task for Interleave<'_, R> {
-    type Out = ();
-
-    #[inline(always)]
-    fn run<I: Isa>(self, _: I) {
-        let inputs = self.rows.len() / R;
-        let mut rows = [&self.rows[..inputs]; R];
-        for r in 1..R {
-            rows[r] = &self.rows[r * inputs..][..inputs];
-        }
-        let to = &mut self.to.as_chunks_mut::<R>().0[..inputs];
-        for i in 0..inputs {
-            for r in 0..R {
-                to[i][r] = rows[r][i];
             }
         }
     }

@@ -1,0 +1,211 @@
+//! What products read: rows of inputs, in the form that their kernels take.
+
+use super::{
+    CpuOps,
+    brains::{Brain, Round},
+    isa::{Isa, Level, Task},
+    line::BLOCK,
+    pointwise::Normalise,
+    scratch::{Buffer, local, values},
+    threads::Shares,
+    tile::ROWS,
+};
+use crate::kernels::Norm;
+use std::ops::Range;
+
+/// How the inputs of a product lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    /// Of every [`ROWS`] rows the values of an input lie together, so that a tile reads them in one stream.
+    Strips,
+    /// Rounded to bf16 and held as f32, each row filled up with zeros to whole blocks.
+    Wide,
+    /// bf16, filled up likewise.
+    Halves,
+}
+
+/// Rows of inputs.
+pub(super) struct Inputs<'a> {
+    values: Values<'a>,
+    form: Form,
+    rows: usize,
+    width: usize,
+}
+
+enum Values<'a> {
+    Own(Buffer),
+    /// One row needs no other place.
+    Row(&'a [f32]),
+}
+
+impl<'a> Inputs<'a> {
+    /// Rows that are to be written.
+    pub fn new(ops: &CpuOps, form: Form, rows: usize, width: usize) -> Self {
+        let depth = width.next_multiple_of(BLOCK);
+        let len = match form {
+            Form::Strips => rows * width,
+            Form::Wide => rows * depth,
+            Form::Halves => rows * depth / 2,
+        };
+        Self { values: Values::Own(ops.scratch.take(len)), form, rows, width }
+    }
+
+    /// The rows of `x`, `(rows, width)`, normalised if `norm` says how.
+    pub fn of(ops: &CpuOps, form: Form, x: &'a [f32], width: usize, norm: Option<&Norm<Vec<f32>>>) -> Self {
+        let rows = x.len() / width;
+        if let (Form::Strips, 1, None) = (form, rows, norm) {
+            return Self { values: Values::Row(x), form, rows, width };
+        }
+        let mut inputs = Self::new(ops, form, rows, width);
+        let writer = inputs.writer();
+        // A value costs about as much as a multiply-add of a line to lay it among others, and less to round it.
+        ops.team.each(rows.div_ceil(ROWS), ROWS * width * 8, |strip| {
+            let rows = strip * ROWS..rows.min((strip + 1) * ROWS);
+            let x = &x[rows.start * width..rows.end * width];
+            // SAFETY: each strip is written once.
+            let put = |x: &[f32]| unsafe { writer.put(ops.level, rows, 0..width, x, width) };
+            match norm {
+                Some(norm) => local(x.len().div_ceil(16), |own| {
+                    let own = &mut values(own)[..x.len()];
+                    own.copy_from_slice(x);
+                    own.chunks_exact_mut(width).for_each(|x| ops.level.run(Normalise { norm, first: 0, x }));
+                    put(own);
+                }),
+                None => put(x),
+            }
+        });
+        inputs
+    }
+
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// As f32: [`Form::Strips`] or [`Form::Wide`].
+    pub fn wide(&self) -> &[f32] {
+        match &self.values {
+            Values::Own(values) => values,
+            Values::Row(values) => values,
+        }
+    }
+
+    /// As bf16: [`Form::Halves`].
+    pub fn halves(&self) -> &[u16] {
+        match &self.values {
+            Values::Own(values) => values.halves(),
+            Values::Row(_) => &[],
+        }
+    }
+
+    /// What writes them.
+    pub fn writer(&mut self) -> Writer<'_> {
+        let &mut Self { form, rows, width, .. } = self;
+        let to = match (&mut self.values, form) {
+            (Values::Own(values), Form::Strips) => To::Strips(Shares::new(values)),
+            (Values::Own(values), Form::Wide) => To::Wide(Shares::new(values)),
+            (Values::Own(values), Form::Halves) => To::Halves(Shares::new(values.halves_mut())),
+            (Values::Row(_), _) => To::Wide(Shares::new(&mut [])),
+        };
+        Writer { to, rows, width }
+    }
+}
+
+/// Writes rows of inputs, from any thread.
+pub(super) struct Writer<'a> {
+    to: To<'a>,
+    rows: usize,
+    width: usize,
+}
+
+enum To<'a> {
+    Strips(Shares<'a, f32>),
+    Wide(Shares<'a, f32>),
+    Halves(Shares<'a, u16>),
+}
+
+impl Writer<'_> {
+    /// Inputs of a row.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Writes `columns` of `rows`, which are whole strips: the first of `values` and of what follows each `stride` values after another.
+    ///
+    /// # Safety
+    /// No other thread writes these.
+    pub unsafe fn put(&self, level: Level, rows: Range<usize>, columns: Range<usize>, values: &[f32], stride: usize) {
+        match &self.to {
+            To::Strips(to) => {
+                debug_assert!(rows.start.is_multiple_of(ROWS) && (rows.end.is_multiple_of(ROWS) || rows.end == self.rows));
+                for (row, from) in rows.clone().step_by(ROWS).zip(values.chunks(ROWS * stride)) {
+                    let count = ROWS.min(self.rows - row);
+                    let place = row * self.width + columns.start * count..row * self.width + columns.end * count;
+                    // SAFETY: as of this function.
+                    let to = unsafe { to.slice(place) };
+                    match count {
+                        1 => level.run(Interleave::<1> { from, stride, to }),
+                        2 => level.run(Interleave::<2> { from, stride, to }),
+                        3 => level.run(Interleave::<3> { from, stride, to }),
+                        4 => level.run(Interleave::<4> { from, stride, to }),
+                        5 => level.run(Interleave::<5> { from, stride, to }),
+                        _ => level.run(Interleave::<ROWS> { from, stride, to }),
+                    }
+                }
+            }
+            // SAFETY: as of this function.
+            To::Wide(to) => unsafe { self.round(to, level, rows, columns, values, stride) },
+            // SAFETY: as of this function.
+            To::Halves(to) => unsafe { self.round(to, level, rows, columns, values, stride) },
+        }
+    }
+
+    /// [`Self::put`], rounded.
+    ///
+    /// # Safety
+    /// As of [`Self::put`].
+    unsafe fn round<T: Brain>(
+        &self,
+        to: &Shares<'_, T>,
+        level: Level,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        values: &[f32],
+        stride: usize,
+    ) {
+        let depth = self.width.next_multiple_of(BLOCK);
+        // Who has the last column fills the row up.
+        let end = if columns.end == self.width { depth } else { columns.end };
+        for (row, x) in rows.zip(values.chunks(stride)) {
+            // SAFETY: as of this function.
+            let to = unsafe { to.slice(row * depth + columns.start..row * depth + end) };
+            let (to, rest) = to.split_at_mut(columns.len());
+            level.run(Round { x: &x[..columns.len()], to });
+            rest.fill(T::ZERO);
+        }
+    }
+}
+
+/// Lays `R` rows side by side.
+struct Interleave<'a, const R: usize> {
+    from: &'a [f32],
+    stride: usize,
+    to: &'a mut [f32],
+}
+
+impl<const R: usize> Task for Interleave<'_, R> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        let to = self.to.as_chunks_mut::<R>().0;
+        let mut rows = [&self.from[..to.len()]; R];
+        for r in 1..R {
+            rows[r] = &self.from[r * self.stride..][..to.len()];
+        }
+        for i in 0..to.len() {
+            for r in 0..R {
+                to[i][r] = rows[r][i];
+            }
+        }
+    }
+}
