@@ -398,7 +398,7 @@ mod tests {
                 for panels in [0..last, 0..1, last - 1..last, last / 2..last] {
                     let mut y = vec![-700.0; count * width];
                     let (shares, rows_of, panels_of) = (Shares::new(&mut y), rows.clone(), panels.clone());
-                    let place = &Place::all(&shares, width);
+                    let place = &Place::of(&shares, width, width);
                     // SAFETY: there is one thread.
                     unsafe { amx.product(&Block { x: &x, depth, lines: &lines, place, rows: rows_of, panels: panels_of }) };
                     for (i, y) in y.into_iter().enumerate() {

@@ -10,6 +10,7 @@ use super::{
     inputs::{Form, Inputs},
     isa::{Isa, Level, Task},
     line::{BLOCK, Bf16, LANES},
+    scratch::{halves, local, values},
     target::{Bands, Place, Target},
     tile::{ROWS, Sums, Tiles, is_wide, tiled},
 };
@@ -35,7 +36,7 @@ pub(super) fn flush(panel: &mut [Bf16]) {
 
 /// What multiplies.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Unit {
+pub(super) enum Unit {
     /// Fused multiply-adds in AMX's order.
     Vectors,
     /// Products of pairs, by AVX-512 BF16.
@@ -50,7 +51,7 @@ const MANY: usize = 4;
 
 impl Unit {
     #[cfg(target_arch = "x86_64")]
-    fn of(level: Level, rows: usize) -> Self {
+    pub(super) fn of(level: Level, rows: usize) -> Self {
         match level.instructions() {
             Instructions::Avx512Bf16 => Self::Pairs,
             Instructions::Amx if rows >= MANY => Amx::detect().map_or(Self::Vectors, Self::Tiles),
@@ -59,7 +60,7 @@ impl Unit {
     }
 
     #[cfg(not(target_arch = "x86_64"))]
-    fn of(_: Level, _: usize) -> Self {
+    pub(super) fn of(_: Level, _: usize) -> Self {
         Self::Vectors
     }
 
@@ -68,6 +69,43 @@ impl Unit {
             Self::Vectors => Form::Wide,
             _ => Form::Halves,
         }
+    }
+
+    /// The products of rows, `shape` being their number and inputs, with all panels of `place`, by one thread.
+    ///
+    /// # Safety
+    /// No other thread accesses these outputs meanwhile.
+    pub(super) unsafe fn alone<'a>(
+        self,
+        level: Level,
+        shape: (usize, usize),
+        x: impl Fn(usize) -> &'a [f32],
+        lines: &[Bf16],
+        place: &Place<'_>,
+    ) {
+        let ((rows, inputs), panels) = (shape, 0..place.panels());
+        let depth = inputs.next_multiple_of(BLOCK);
+        // SAFETY: as of this function.
+        local(rows * depth / LANES, |own| unsafe {
+            match self {
+                Self::Vectors => {
+                    let own = &mut values(own)[..rows * depth];
+                    round(level, inputs, depth, x, own);
+                    Product { level, x: own, depth, lines }.block(0..rows, panels, place);
+                }
+                Self::Pairs => {
+                    let own = &mut halves(own)[..rows * depth];
+                    round(level, inputs, depth, x, own);
+                    Product { level, x: own, depth, lines }.block(0..rows, panels, place);
+                }
+                #[cfg(target_arch = "x86_64")]
+                Self::Tiles(amx) => {
+                    let own = &mut halves(own)[..rows * depth];
+                    round(level, inputs, depth, x, own);
+                    amx.product(&super::amx::Block { x: own, lines, depth, place, rows: 0..rows, panels });
+                }
+            }
+        });
     }
 
     fn multiply(self, ops: &CpuOps, inputs: usize, lines: &[Bf16], x: &Inputs<'_>, target: &Target<'_>) {
@@ -86,6 +124,27 @@ impl Unit {
                 }
             }
         }
+    }
+}
+
+/// Rounds the rows `x` to `(rows, depth)`, filled up with zeros.
+fn round<'a, T: Brain>(level: Level, inputs: usize, depth: usize, x: impl Fn(usize) -> &'a [f32], to: &mut [T]) {
+    for (i, to) in to.chunks_exact_mut(depth).enumerate() {
+        let (to, rest) = to.split_at_mut(inputs);
+        level.run(Round { x: x(i), to });
+        rest.fill(T::ZERO);
+    }
+}
+
+/// Rounds values to bf16, where they are.
+pub(super) struct RoundHere<'a>(pub &'a mut [f32]);
+
+impl Task for RoundHere<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        self.0.iter_mut().for_each(|x| *x = f32::new(rounded(*x)));
     }
 }
 

@@ -8,6 +8,7 @@ mod amx;
 mod arena;
 mod attention;
 mod brains;
+mod halves;
 mod inputs;
 mod isa;
 pub(crate) mod line;
@@ -33,6 +34,7 @@ use crate::{
 use ahead::Trail;
 use arena::Arena;
 use attention::Reader;
+use brains::RoundHere;
 use candle_core::DType;
 use inputs::Inputs;
 pub use isa::Instructions;
@@ -62,6 +64,8 @@ pub(crate) struct CpuOps {
     pages: Arc<Scratch>,
     /// Positions whose softmax is computed at once.
     span: usize,
+    /// Whether attention multiplies bf16: where products of bf16 are asked for and there are tiles for them.
+    halves: bool,
 }
 
 /// Activations, `(tokens, width)`, row-major.
@@ -80,9 +84,11 @@ impl CpuOps {
             AttnImplementation::Flash => attention::SPAN,
             AttnImplementation::Eager => usize::MAX,
         };
+        let level = Level::best(most);
         Self {
             dtype,
-            level: Level::best(most),
+            level,
+            halves: dtype == DType::BF16 && level.instructions() == Instructions::Amx,
             team,
             weights: Arc::default(),
             scratch: Scratch::new(),
@@ -103,6 +109,13 @@ impl CpuOps {
     /// Activations of `tokens` times `width` values, to be written.
     fn act(&self, tokens: usize, width: usize) -> Act {
         Act { data: self.scratch.take(tokens * width), width }
+    }
+
+    /// Rounds what attention reads, where it multiplies bf16.
+    fn round(&self, x: &mut Act) {
+        if self.halves {
+            self.team.chunks(&mut x.data, x.width, x.width / 4, |_, x| self.level.run(RoundHere(x)));
+        }
     }
 
     /// What `down` reads of a gated MLP.
@@ -258,8 +271,9 @@ impl Ops for CpuOps {
         rows: &mut [Span<&mut Pages>],
     ) -> Result<Act> {
         debug_assert_eq!(qkv.width, (attention.heads + 2 * attention.kv_heads) * attention.head_dim);
-        if let Some(angles) = angles {
-            rope::rotate(self, attention, angles, &mut qkv.data);
+        match angles {
+            Some(angles) => rope::rotate(self, attention, angles, &mut qkv.data),
+            None => self.round(&mut qkv),
         }
         attention::write(self, attention, layer, &qkv.data, qkv.width, rows)?;
         let rows: Vec<_> = rows.iter().map(Reader::own).collect();
@@ -270,12 +284,16 @@ impl Ops for CpuOps {
 
     fn fill(&self, attention: &Attention, layer: usize, kv: &Act, rows: &mut [Span<&mut Pages>]) -> Result<()> {
         debug_assert_eq!(kv.width, 2 * attention.kv_heads * attention.head_dim);
+        let mut kv = kv.clone();
+        self.round(&mut kv);
         attention::write(self, attention, layer, &kv.data, kv.width, rows)
     }
 
     fn cross(&self, attention: &Attention, layer: usize, queries: &Act, rows: &[Span<&Pages>]) -> Result<Act> {
         debug_assert_eq!(queries.width, attention.heads * attention.head_dim);
         let rows: Vec<_> = rows.iter().map(Reader::other).collect();
+        let mut queries = queries.clone();
+        self.round(&mut queries);
         let mut y = self.act(queries.tokens(), queries.width);
         attention::attend(self, attention, layer, &queries.data, queries.width, &rows, &mut y.data);
         Ok(y)

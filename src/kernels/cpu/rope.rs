@@ -2,6 +2,7 @@
 
 use super::{
     CpuOps,
+    brains::RoundHere,
     isa::{Isa, Task},
 };
 use crate::kernels::{Attention, Rope};
@@ -30,13 +31,16 @@ impl Angles {
     }
 }
 
-/// Rotates the queries and keys of all tokens.
+/// Rotates the queries and keys of all tokens. For attention in bf16 all is rounded.
 pub(super) fn rotate(ops: &CpuOps, attention: &Attention, angles: &Angles, qkv: &mut [f32]) {
     let (heads, dim, pairs) = (attention.heads + attention.kv_heads, attention.head_dim, angles.pairs);
     debug_assert!(pairs * 2 <= dim);
     ops.team.chunks(qkv, (heads + attention.kv_heads) * dim, heads * dim, |token, qkv| {
         let (cos, sin) = (&angles.cos[token * pairs..][..pairs], &angles.sin[token * pairs..][..pairs]);
         ops.level.run(Rotate { heads: &mut qkv[..heads * dim], dim, cos, sin });
+        if ops.halves {
+            ops.level.run(RoundHere(qkv));
+        }
     });
 }
 

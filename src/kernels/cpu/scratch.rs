@@ -1,7 +1,7 @@
 //! Memory of activations, keys and values, used again and again: fresh memory costs a page fault for every 4 kB. It begins at cache
 //! lines, by which matrix units read and write.
 
-use super::line::{F32, LANES, Line};
+use super::line::{Bf16, F32, LANES, Line};
 use std::{
     cell::RefCell,
     ops::{Deref, DerefMut},
@@ -19,10 +19,22 @@ pub(super) fn local<R>(count: usize, work: impl FnOnce(&mut [F32]) -> R) -> R {
     result
 }
 
+/// The same memory as values of 16 bits.
+pub(super) fn halves(lines: &mut [F32]) -> &mut [u16] {
+    // SAFETY: a line is 32 values of 16 bits, and any bits are a number; exclusive as `lines` is.
+    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * 2 * LANES) }
+}
+
 /// The values of lines.
 pub(super) fn values(lines: &mut [F32]) -> &mut [f32] {
     // SAFETY: a line is 16 values and nothing else; exclusive as `lines` is.
     unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * LANES) }
+}
+
+/// The same memory as lines of bf16.
+pub(super) fn brains(lines: &[F32]) -> &[Bf16] {
+    // SAFETY: both are 64 bytes, begin at a multiple of that, and have no invalid values.
+    unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len()) }
 }
 
 /// Lines that are kept while nothing is generated: 32 MB.

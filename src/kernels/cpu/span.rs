@@ -32,11 +32,8 @@ const GROUP: usize = 4;
 
 impl Work<'_> {
     pub fn run(&mut self, level: Level) {
+        self.reset();
         let (count, dims) = (self.queries.len(), self.job.dims());
-        for part in self.part.chunks_exact_mut(dims + 2) {
-            part.fill(0.0);
-            part[dims] = f32::NEG_INFINITY;
-        }
         let strips = (0..count).step_by(ROWS).map(|first| (first, ROWS.min(count - first)));
         // Few queries read everything once.
         let (pages, panels) = (self.len / PAGE, dims / LANES);
@@ -50,6 +47,29 @@ impl Work<'_> {
         for panel in (0..panels).step_by(together) {
             for (first, rows) in strips.clone() {
                 tiled!(level, rows, self.sum(level, first, panel..panels.min(panel + together)));
+            }
+        }
+    }
+
+    /// The outcome of no position.
+    pub fn reset(&mut self) {
+        let dims = self.job.dims();
+        for part in self.part.chunks_exact_mut(self.job.stride()) {
+            part.fill(0.0);
+            part[dims] = f32::NEG_INFINITY;
+        }
+    }
+
+    /// Asks for the keys and values of `count` of the `pages` where they are read once: pages lie anywhere, so the processor cannot look
+    /// ahead.
+    #[inline(always)]
+    pub fn ask<I: Isa>(&self, isa: I, pages: &Range<usize>, page: usize, count: usize) {
+        let Work { job, start, .. } = *self;
+        if self.is_read_once() {
+            for page in page..pages.end.min(page + count) {
+                for line in job.row.store.page(start / PAGE + page).head(job.layer, job.head) {
+                    isa.prefetch((&raw const *line).cast());
+                }
             }
         }
     }
@@ -89,7 +109,7 @@ impl<const R: usize, const C: usize> Task for Score<'_, '_, R, C> {
             }
         }
         self.pages = self.pages.start.max(start / PAGE)..self.pages.end.min(end.div_ceil(PAGE));
-        self.ask::<I, C>(isa, self.pages.start);
+        self.work.ask(isa, &self.pages, self.pages.start, C);
         self.walk::<I, C, 1>(isa, self.pages.clone());
     }
 }
@@ -97,7 +117,7 @@ impl<const R: usize, const C: usize> Task for Score<'_, '_, R, C> {
 impl<const R: usize, const C: usize> Tiles for Score<'_, '_, R, C> {
     #[inline(always)]
     fn tile<I: Isa, const N: usize>(&mut self, isa: I, page: usize) {
-        self.ask::<I, N>(isa, page + N);
+        self.work.ask(isa, &self.pages, page + N, N);
         let (work, first) = (&mut *self.work, self.first);
         let job = work.job;
         let mut rows = [job.values_of(&work.queries[first]); R];
@@ -120,24 +140,9 @@ impl<const R: usize, const C: usize> Tiles for Score<'_, '_, R, C> {
     }
 }
 
-impl<const R: usize, const C: usize> Score<'_, '_, R, C> {
-    /// Asks for the keys and values of `N` pages where they are read once: pages lie anywhere, so the processor cannot look ahead.
-    #[inline(always)]
-    fn ask<I: Isa, const N: usize>(&self, isa: I, page: usize) {
-        let Work { job, start, .. } = *self.work;
-        if self.work.is_read_once() {
-            for page in page..self.pages.end.min(page + N) {
-                for line in job.row.store.page(start / PAGE + page).head(job.layer, job.head) {
-                    isa.prefetch((&raw const *line).cast());
-                }
-            }
-        }
-    }
-}
-
 /// Turns the scores of all queries, whole pages of them, into weights `e^(score - max)`, 0 where they do not see; notes the largest
 /// score and the sum of the weights.
-struct Soften<'a, 'b>(&'a mut Work<'b>);
+pub(super) struct Soften<'a, 'b>(pub &'a mut Work<'b>);
 
 impl Task for Soften<'_, '_> {
     type Out = ();

@@ -84,7 +84,7 @@ impl<'a> Target<'a> {
         ops.team.run(count * chunks, |i| {
             let (rows, panels) = (part(self.rows, bands.step, count, i / chunks), part(panels, step, chunks, i % chunks));
             if let Then::Write(y) | Then::Peaks(y, _) = &self.then {
-                f(rows.clone(), panels.clone(), &Place { y, stride: self.width, width: self.width, row: 0, panel: 0 });
+                f(rows.clone(), panels.clone(), &Place::of(y, self.width, self.width));
                 // SAFETY: bands and parts of the panels do not overlap, so nobody else has these outputs.
                 return unsafe { self.finish(rows, panels) };
             }
@@ -209,10 +209,14 @@ pub(super) struct Place<'a> {
 }
 
 impl<'a> Place<'a> {
-    /// All outputs of a product.
-    #[cfg(test)]
-    pub(super) fn all(y: &'a Shares<'a, f32>, width: usize) -> Self {
-        Self { y, stride: width, width, row: 0, panel: 0 }
+    /// `width` outputs of each row, `stride` values from one to the next.
+    pub(super) fn of(y: &'a Shares<'a, f32>, stride: usize, width: usize) -> Self {
+        Self { y, stride, width, row: 0, panel: 0 }
+    }
+
+    /// Panels of outputs.
+    pub(super) fn panels(&self) -> usize {
+        self.width.div_ceil(LANES)
     }
 
     /// From a row to the next, in values.

@@ -1,0 +1,289 @@
+//! One span of an attention in bf16 arithmetic, for processors that multiply it by tiles: queries, keys, values and weights are bf16, the
+//! products are those of [`super::brains`], and everything else is as in f32.
+//!
+//! Positions that a query does not see have the weight 0, so its sums are the same beside queries that see more.
+
+use super::{
+    attention::Job,
+    brains::{RoundHere, Unit},
+    isa::{Isa, Level, Task},
+    line::{BLOCK, F32, LANES, Line},
+    scratch::{brains, local, values},
+    span::{Soften, Work},
+    target::Place,
+    threads::Shares,
+    tile::{ROWS, Sums, Tiles, is_wide, tiled},
+};
+use crate::cache::PAGE;
+use std::ops::Range;
+
+/// Fewer queries than this read keys and values as they are.
+const FEW: usize = 16;
+
+impl Work<'_> {
+    /// As [`Self::run`], of queries, keys and values that are rounded to bf16.
+    pub fn run_in_halves(&mut self, level: Level) {
+        self.reset();
+        let (mut start, mut end) = (self.len, 0);
+        for query in self.queries.iter().filter(|query| !query.seen.is_empty()) {
+            (start, end) = (start.min(query.seen.start), end.max(query.seen.end));
+        }
+        if start >= end {
+            return;
+        }
+        // Whole blocks of positions, as far as there are pages.
+        let positions = start / BLOCK * BLOCK..self.len.min(end.next_multiple_of(BLOCK));
+        // To lay keys and values out for tiles costs more than a few queries are worth.
+        let count = self.queries.len();
+        let strips = if count < FEW { 0..count } else { 0..0 }.step_by(ROWS).map(|first| (first, ROWS.min(count - first)));
+        if count >= FEW {
+            self.score_in_halves(level, &positions);
+        }
+        for (first, rows) in strips.clone() {
+            tiled!(level, rows, self.score_few(level, first, &positions));
+        }
+        level.run(Soften(self));
+        self.round_weights(level, &positions);
+        if count >= FEW {
+            self.sum_in_halves(level, &positions);
+        }
+        for (first, rows) in strips {
+            tiled!(level, rows, self.sum_few(level, first, &positions));
+        }
+    }
+
+    fn score_few<const R: usize, const C: usize, const D: usize>(&mut self, level: Level, first: usize, positions: &Range<usize>) {
+        level.run(Score::<R, C> { work: self, first, pages: positions.start / PAGE..positions.end / PAGE });
+    }
+
+    fn sum_few<const R: usize, const C: usize, const D: usize>(&mut self, level: Level, first: usize, positions: &Range<usize>) {
+        level.run(Sum::<R, C> { work: self, first, positions });
+    }
+
+    /// Rounds the weights of all queries, 0 where they do not see.
+    fn round_weights(&mut self, level: Level, positions: &Range<usize>) {
+        for (query, weights) in self.queries.iter().zip(self.scores.chunks_mut(self.len)) {
+            let seen = query.seen.start / PAGE * PAGE..query.seen.end.next_multiple_of(PAGE);
+            let seen = if query.seen.is_empty() { positions.end..positions.end } else { seen };
+            weights[positions.start..seen.start].fill(0.0);
+            weights[seen.end..positions.end].fill(0.0);
+            level.run(RoundHere(&mut weights[seen]));
+        }
+    }
+
+    /// The products of all queries with the keys of `positions`.
+    fn score_in_halves(&mut self, level: Level, positions: &Range<usize>) {
+        let Self { job, start, len, queries, .. } = *self;
+        let dim = job.attention.head_dim;
+        let (count, stride) = (positions.len() / PAGE, dim.next_multiple_of(BLOCK) / 2);
+        local(count * stride, |keys| {
+            for (page, to) in (positions.start / PAGE..).zip(keys.chunks_exact_mut(stride)) {
+                let from = &job.row.store.page(start / PAGE + page).keys(job.layer, job.head)[..dim];
+                level.run(Pair { from, to });
+            }
+            let y = Shares::new(&mut self.scores[positions.start..]);
+            let x = |i: usize| job.values_of(&queries[i]);
+            // SAFETY: nobody else knows these scores.
+            unsafe {
+                Unit::of(level, queries.len()).alone(level, (queries.len(), dim), x, brains(keys), &Place::of(&y, len, positions.len()))
+            };
+        });
+    }
+
+    /// The sums of the values of `positions`, with the weights of all queries.
+    fn sum_in_halves(&mut self, level: Level, positions: &Range<usize>) {
+        let Self { job, start, len, queries, .. } = *self;
+        let (dims, stride, depth) = (job.dims(), job.stride(), positions.len().next_multiple_of(BLOCK) / 2);
+        local(dims / LANES * depth, |lines| {
+            for (panel, to) in lines.chunks_exact_mut(depth).enumerate() {
+                to[positions.len() / 2..].fill(F32::ZERO);
+                for (page, to) in (positions.start / PAGE..positions.end / PAGE).zip(to.chunks_exact_mut(PAGE / 2)) {
+                    level.run(Pair { from: written(job, start / PAGE + page, panel), to });
+                }
+            }
+            local(queries.len() * dims / LANES, |sums| {
+                let sums = values(sums);
+                let y = Shares::new(sums);
+                let x = |i: usize| &self.scores[i * len..][positions.clone()];
+                // SAFETY: nobody else knows these sums.
+                unsafe {
+                    let shape = (queries.len(), positions.len());
+                    Unit::of(level, queries.len()).alone(level, shape, x, brains(lines), &Place::of(&y, dims, dims));
+                }
+                for (part, sums) in self.part.chunks_exact_mut(stride).zip(sums.chunks_exact(dims)) {
+                    part[..dims].copy_from_slice(sums);
+                }
+            });
+        });
+    }
+}
+
+/// The products of `R` queries with `pages` of keys.
+struct Score<'a, 'b, const R: usize, const C: usize> {
+    work: &'a mut Work<'b>,
+    first: usize,
+    pages: Range<usize>,
+}
+
+impl<const R: usize, const C: usize> Task for Score<'_, '_, R, C> {
+    type Out = ();
+    const NARROW: bool = !is_wide(R, C);
+    const WIDE: bool = is_wide(R, C);
+
+    #[inline(always)]
+    fn run<I: Isa>(mut self, isa: I) {
+        self.walk::<I, C, 1>(isa, self.pages.clone());
+    }
+}
+
+impl<const R: usize, const C: usize> Tiles for Score<'_, '_, R, C> {
+    #[inline(always)]
+    fn tile<I: Isa, const N: usize>(&mut self, isa: I, page: usize) {
+        let Self { work, first, pages } = self;
+        work.ask(isa, pages, page + N, N);
+        let (job, first) = (work.job, *first);
+        let mut rows = [job.values_of(&work.queries[first]); R];
+        for r in 1..R {
+            rows[r] = job.values_of(&work.queries[first + r]);
+        }
+        let keys = |c| &job.row.store.page(work.start / PAGE + page + c).keys(job.layer, job.head)[..rows[0].len()];
+        let mut panels = [keys(0); N];
+        for c in 1..N {
+            panels[c] = keys(c);
+        }
+        let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
+        for from in (0..rows[0].len()).step_by(BLOCK) {
+            let inputs = from..rows[0].len().min(from + BLOCK);
+            let (mut even, mut odd) = ([[isa.load(&[0.0; LANES]); N]; R], [[isa.load(&[0.0; LANES]); N]; R]);
+            every_other::<I, R, N, 0>(isa, rows, panels, inputs.clone(), &mut even);
+            every_other::<I, R, N, 1>(isa, rows, panels, inputs, &mut odd);
+            both(isa, even, odd, &mut sums);
+        }
+        for r in 0..R {
+            let to = work.scores[(first + r) * work.len + page * PAGE..][..N * PAGE].as_chunks_mut().0;
+            for c in 0..N {
+                isa.store(sums[r][c], &mut to[c]);
+            }
+        }
+    }
+}
+
+/// The sums of values with the weights of `R` queries.
+struct Sum<'a, 'b, const R: usize, const C: usize> {
+    work: &'a mut Work<'b>,
+    first: usize,
+    positions: &'a Range<usize>,
+}
+
+impl<const R: usize, const C: usize> Task for Sum<'_, '_, R, C> {
+    type Out = ();
+    const NARROW: bool = !is_wide(R, C);
+    const WIDE: bool = is_wide(R, C);
+
+    #[inline(always)]
+    fn run<I: Isa>(mut self, isa: I) {
+        let panels = self.work.job.dims() / LANES;
+        self.walk::<I, C, 1>(isa, 0..panels);
+    }
+}
+
+impl<const R: usize, const C: usize> Tiles for Sum<'_, '_, R, C> {
+    #[inline(always)]
+    fn tile<I: Isa, const N: usize>(&mut self, isa: I, panel: usize) {
+        let &mut Self { ref mut work, first, positions } = self;
+        let (job, stride) = (work.job, work.job.stride());
+        let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
+        for from in positions.clone().step_by(BLOCK) {
+            let (mut even, mut odd) = ([[isa.load(&[0.0; LANES]); N]; R], [[isa.load(&[0.0; LANES]); N]; R]);
+            for at in (from..positions.end.min(from + BLOCK)).step_by(PAGE) {
+                let mut panels = [written(job, (work.start + at) / PAGE, panel); N];
+                for c in 1..N {
+                    panels[c] = written(job, (work.start + at) / PAGE, panel + c);
+                }
+                let mut rows = [&[][..]; R];
+                for r in 0..R {
+                    rows[r] = &work.scores[(first + r) * work.len + at..][..PAGE];
+                }
+                let inputs = 0..panels[0].len();
+                every_other::<I, R, N, 0>(isa, rows, panels, inputs.clone(), &mut even);
+                every_other::<I, R, N, 1>(isa, rows, panels, inputs, &mut odd);
+            }
+            both(isa, even, odd, &mut sums);
+        }
+        for r in 0..R {
+            let to = work.part[(first + r) * stride + panel * LANES..][..N * LANES].as_chunks_mut().0;
+            for c in 0..N {
+                isa.store(sums[r][c], &mut to[c]);
+            }
+        }
+    }
+}
+
+/// Adds the products of every other of some inputs, the even ones or the odd ones.
+#[inline(always)]
+fn every_other<I: Isa, const R: usize, const C: usize, const ODD: usize>(
+    isa: I,
+    rows: [&[f32]; R],
+    panels: [&[F32]; C],
+    inputs: Range<usize>,
+    sums: &mut Sums<I, R, C>,
+) {
+    for i in (inputs.start + ODD..inputs.end).step_by(2) {
+        for c in 0..C {
+            let line = isa.load(&panels[c][i].0);
+            for r in 0..R {
+                sums[r][c] = isa.mul_add(line, rows[r][i], sums[r][c]);
+            }
+        }
+    }
+}
+
+/// Adds the sums over even and over odd inputs.
+#[inline(always)]
+fn both<I: Isa, const R: usize, const C: usize>(isa: I, even: Sums<I, R, C>, odd: Sums<I, R, C>, sums: &mut Sums<I, R, C>) {
+    for r in 0..R {
+        for c in 0..C {
+            sums[r][c] = isa.mul_add(isa.mul_add(even[r][c], 1.0, odd[r][c]), 1.0, sums[r][c]);
+        }
+    }
+}
+
+/// The values of a page that are written; of others it may hold anything.
+fn written<'a>(job: &Job<'a>, page: usize, panel: usize) -> &'a [F32] {
+    let count = job.row.len().saturating_sub(page * PAGE).min(PAGE);
+    &job.row.store.page(page).values(job.layer, job.head, panel)[..count]
+}
+
+/// Lays lines of bf16 values, held as f32, together two by two.
+struct Pair<'a> {
+    from: &'a [F32],
+    to: &'a mut [F32],
+}
+
+impl Task for Pair<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        let (twos, last) = self.from.as_chunks();
+        let (to, rest) = self.to.split_at_mut(twos.len());
+        for (to, two) in to.iter_mut().zip(twos) {
+            *to = pair(two);
+        }
+        rest.fill(F32::ZERO);
+        if let ([to, ..], [last]) = (rest, last) {
+            *to = pair(&[*last, F32::ZERO]);
+        }
+    }
+}
+
+#[inline(always)]
+fn pair([first, second]: &[F32; 2]) -> F32 {
+    let mut line = F32::ZERO;
+    for lane in 0..LANES {
+        let [first, second] = [first.0[lane].to_bits(), second.0[lane].to_bits()];
+        let [low, high] = if cfg!(target_endian = "little") { [first, second] } else { [second, first] };
+        line.0[lane] = f32::from_bits(low >> 16 | high & 0xffff_0000);
+    }
+    line
+}
