@@ -1,7 +1,8 @@
-//! One span of an attention in bf16 arithmetic, for processors that multiply it by tiles: queries, keys, values and weights are bf16, the
-//! products are those of [`super::brains`], and everything else is as in f32.
+//! One span of an attention in bf16 arithmetic: queries, keys, values and weights are bf16, the products are those of [`super::brains`]
+//! in AMX's order, and everything else is as in f32.
 //!
-//! Positions that a query does not see have the weight 0, so its sums are the same beside queries that see more.
+//! Positions that a query does not see have the weight 0, so its sums are the same beside queries that see more, as long as the values
+//! there are numbers: infinity times 0 is none.
 
 use super::{
     attention::Job,

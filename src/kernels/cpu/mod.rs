@@ -64,7 +64,7 @@ pub(crate) struct CpuOps {
     pages: Arc<Scratch>,
     /// Positions whose softmax is computed at once.
     span: usize,
-    /// Whether attention multiplies bf16: where products of bf16 are asked for and there are tiles for them.
+    /// Whether attention multiplies bf16 in AMX's order: where products do.
     halves: bool,
 }
 
@@ -88,7 +88,7 @@ impl CpuOps {
         Self {
             dtype,
             level,
-            halves: dtype == DType::BF16 && level.instructions() == Instructions::Amx,
+            halves: dtype == DType::BF16 && level.instructions() != Instructions::Avx512Bf16,
             team,
             weights: Arc::default(),
             scratch: Scratch::new(),
