@@ -4,7 +4,7 @@ use super::{
     CpuOps,
     brains::{Brain, Round},
     isa::{Isa, Level, Task},
-    line::BLOCK,
+    line::{BLOCK, LANES},
     pointwise::Normalise,
     scratch::{Buffer, local, values},
     threads::Shares,
@@ -65,7 +65,7 @@ impl<'a> Inputs<'a> {
             // SAFETY: each strip is written once.
             let put = |x: &[f32]| unsafe { writer.put(ops.level, rows, 0..width, x, width) };
             match norm {
-                Some(norm) => local(x.len().div_ceil(16), |own| {
+                Some(norm) => local(x.len().div_ceil(LANES), |own| {
                     let own = &mut values(own)[..x.len()];
                     own.copy_from_slice(x);
                     own.chunks_exact_mut(width).for_each(|x| ops.level.run(Normalise { norm, first: 0, x }));

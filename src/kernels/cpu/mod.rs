@@ -118,6 +118,15 @@ impl CpuOps {
         }
     }
 
+    /// [`Self::round`] of a copy; nothing where there is nothing to round.
+    fn rounded(&self, x: &Act) -> Option<Act> {
+        self.halves.then(|| {
+            let mut x = x.clone();
+            self.round(&mut x);
+            x
+        })
+    }
+
     /// What `down` reads of a gated MLP.
     fn inner(
         &self,
@@ -284,16 +293,16 @@ impl Ops for CpuOps {
 
     fn fill(&self, attention: &Attention, layer: usize, kv: &Act, rows: &mut [Span<&mut Pages>]) -> Result<()> {
         debug_assert_eq!(kv.width, 2 * attention.kv_heads * attention.head_dim);
-        let mut kv = kv.clone();
-        self.round(&mut kv);
+        let rounded = self.rounded(kv);
+        let kv = rounded.as_ref().unwrap_or(kv);
         attention::write(self, attention, layer, &kv.data, kv.width, rows)
     }
 
     fn cross(&self, attention: &Attention, layer: usize, queries: &Act, rows: &[Span<&Pages>]) -> Result<Act> {
         debug_assert_eq!(queries.width, attention.heads * attention.head_dim);
         let rows: Vec<_> = rows.iter().map(Reader::other).collect();
-        let mut queries = queries.clone();
-        self.round(&mut queries);
+        let rounded = self.rounded(queries);
+        let queries = rounded.as_ref().unwrap_or(queries);
         let mut y = self.act(queries.tokens(), queries.width);
         attention::attend(self, attention, layer, &queries.data, queries.width, &rows, &mut y.data);
         Ok(y)
