@@ -19,7 +19,8 @@ impl Softmax {
 
     /// As [`Self::of`], of scores whose peaks are known.
     pub fn within(scores: &[f32], peaks: &Peaks) -> Option<Self> {
-        let max = peaks.max();
+        // Of two zeros either may be found, and the sign shows in what it is taken from: it is 0, never -0.
+        let max = peaks.max() + 0.0;
         (max.is_finite() && !peaks.nan()).then(|| Self { max, sum: peaks.masses(scores, max).iter().sum() })
     }
 
@@ -62,6 +63,13 @@ mod tests {
             assert!((f64::from(exp(x)) - exact).abs() <= 2.0 * ulp, "{x}");
         }
         assert_eq!([exp(0.0), exp(-0.0), exp(-88.0), exp(f32::MIN), exp(f32::NEG_INFINITY), exp(f32::NAN)], [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn the_largest_of_two_zeros_is_positive() {
+        for scores in [[-0.0, 0.0], [0.0, -0.0], [-0.0, -1.0]] {
+            assert!(Softmax::of(&scores).unwrap().max.is_sign_positive(), "{scores:?}");
+        }
     }
 
     #[test]
