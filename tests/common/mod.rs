@@ -64,10 +64,10 @@ pub fn exact() -> bool {
     place().is_cpu()
 }
 
-/// Whether sums go in the order of AVX-512 BF16, which other instructions do not share.
+/// Whether the instructions have an arithmetic of their own: the order of AVX-512 BF16, or AMX's attention in bf16.
 pub fn own_order() -> bool {
     let best = Instructions::best();
-    dtype() == DType::BF16 && instructions().map_or(best, |most| most.min(best)) == Instructions::Avx512Bf16
+    dtype() == DType::BF16 && instructions().map_or(best, |most| most.min(best)) >= Instructions::Avx512Bf16
 }
 
 /// How far two computations of one logit may lie apart, as a share of the largest: eight units in the last place that the arithmetic's

@@ -485,6 +485,8 @@ mod tests {
                 let most = if case.halves { 0.02 } else { 1e-5 };
                 assert!((f64::from(*ours) - exact).abs() < most, "{:?} value {i}: {ours} for {exact}", case.attention);
             }
+            let wide = Case { halves: false, ..case }.feed(&tokens, &[count]);
+            assert_eq!(wide != ours, case.halves, "rounded where it is asked for, and nowhere else");
         }
     }
 
@@ -506,7 +508,7 @@ mod tests {
             case.level = Level::PORTABLE;
             let expected = case.feed(&tokens, &[count]);
             for level in vectorised() {
-                // Which sums in an order of its own, and has its attention in f32.
+                // Which sums in an order of its own, and never attends in bf16.
                 if case.halves && level.instructions() == Instructions::Avx512Bf16 {
                     continue;
                 }

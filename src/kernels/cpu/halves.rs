@@ -10,7 +10,7 @@ use super::{
     isa::{Isa, Level, Task},
     line::{BLOCK, F32, LANES, Line},
     scratch::{brains, local, values},
-    span::{Soften, Work},
+    span::{Score, Soften, Work},
     target::Place,
     threads::Shares,
     tile::{ROWS, Sums, Tiles, is_wide, tiled},
@@ -44,7 +44,7 @@ impl Work<'_> {
             tiled!(level, rows, self.score_few(level, first, &positions));
         }
         level.run(Soften(self));
-        self.round_weights(level, &positions);
+        self.hide(&positions);
         if count >= FEW {
             self.sum_in_halves(level, &positions);
         }
@@ -54,21 +54,23 @@ impl Work<'_> {
     }
 
     fn score_few<const R: usize, const C: usize, const D: usize>(&mut self, level: Level, first: usize, positions: &Range<usize>) {
-        level.run(Score::<R, C> { work: self, first, pages: positions.start / PAGE..positions.end / PAGE });
+        level.run(Score::<R, C, true> { work: self, first, pages: positions.start / PAGE..positions.end / PAGE });
     }
 
     fn sum_few<const R: usize, const C: usize, const D: usize>(&mut self, level: Level, first: usize, positions: &Range<usize>) {
+        for weights in self.scores.chunks_mut(self.len).skip(first).take(R) {
+            level.run(RoundHere(&mut weights[positions.clone()]));
+        }
         level.run(Sum::<R, C> { work: self, first, positions });
     }
 
-    /// Rounds the weights of all queries, 0 where they do not see.
-    fn round_weights(&mut self, level: Level, positions: &Range<usize>) {
+    /// Makes the weights of all queries 0 on pages of which they see nothing.
+    fn hide(&mut self, positions: &Range<usize>) {
         for (query, weights) in self.queries.iter().zip(self.scores.chunks_mut(self.len)) {
             let seen = query.seen.start / PAGE * PAGE..query.seen.end.next_multiple_of(PAGE);
             let seen = if query.seen.is_empty() { positions.end..positions.end } else { seen };
             weights[positions.start..seen.start].fill(0.0);
             weights[seen.end..positions.end].fill(0.0);
-            level.run(RoundHere(&mut weights[seen]));
         }
     }
 
@@ -116,56 +118,6 @@ impl Work<'_> {
                 }
             });
         });
-    }
-}
-
-/// The products of `R` queries with `pages` of keys.
-struct Score<'a, 'b, const R: usize, const C: usize> {
-    work: &'a mut Work<'b>,
-    first: usize,
-    pages: Range<usize>,
-}
-
-impl<const R: usize, const C: usize> Task for Score<'_, '_, R, C> {
-    type Out = ();
-    const NARROW: bool = !is_wide(R, C);
-    const WIDE: bool = is_wide(R, C);
-
-    #[inline(always)]
-    fn run<I: Isa>(mut self, isa: I) {
-        self.walk::<I, C, 1>(isa, self.pages.clone());
-    }
-}
-
-impl<const R: usize, const C: usize> Tiles for Score<'_, '_, R, C> {
-    #[inline(always)]
-    fn tile<I: Isa, const N: usize>(&mut self, isa: I, page: usize) {
-        let Self { work, first, pages } = self;
-        work.ask(isa, pages, page + N, N);
-        let (job, first) = (work.job, *first);
-        let mut rows = [job.values_of(&work.queries[first]); R];
-        for r in 1..R {
-            rows[r] = job.values_of(&work.queries[first + r]);
-        }
-        let keys = |c| &job.row.store.page(work.start / PAGE + page + c).keys(job.layer, job.head)[..rows[0].len()];
-        let mut panels = [keys(0); N];
-        for c in 1..N {
-            panels[c] = keys(c);
-        }
-        let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
-        for from in (0..rows[0].len()).step_by(BLOCK) {
-            let inputs = from..rows[0].len().min(from + BLOCK);
-            let (mut even, mut odd) = ([[isa.load(&[0.0; LANES]); N]; R], [[isa.load(&[0.0; LANES]); N]; R]);
-            every_other::<I, R, N, 0>(isa, rows, panels, inputs.clone(), &mut even);
-            every_other::<I, R, N, 1>(isa, rows, panels, inputs, &mut odd);
-            both(isa, even, odd, &mut sums);
-        }
-        for r in 0..R {
-            let to = work.scores[(first + r) * work.len + page * PAGE..][..N * PAGE].as_chunks_mut().0;
-            for c in 0..N {
-                isa.store(sums[r][c], &mut to[c]);
-            }
-        }
     }
 }
 
@@ -217,6 +169,19 @@ impl<const R: usize, const C: usize> Tiles for Sum<'_, '_, R, C> {
                 isa.store(sums[r][c], &mut to[c]);
             }
         }
+    }
+}
+
+/// Adds the products of rows with panels, of as many inputs.
+#[inline(always)]
+pub(super) fn alternate<I: Isa, const R: usize, const C: usize>(isa: I, rows: [&[f32]; R], panels: [&[F32]; C], sums: &mut Sums<I, R, C>) {
+    let count = rows[0].len();
+    for from in (0..count).step_by(BLOCK) {
+        let inputs = from..count.min(from + BLOCK);
+        let (mut even, mut odd) = ([[isa.load(&[0.0; LANES]); C]; R], [[isa.load(&[0.0; LANES]); C]; R]);
+        every_other::<I, R, C, 0>(isa, rows, panels, inputs.clone(), &mut even);
+        every_other::<I, R, C, 1>(isa, rows, panels, inputs, &mut odd);
+        both(isa, even, odd, sums);
     }
 }
 

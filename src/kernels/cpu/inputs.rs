@@ -27,9 +27,7 @@ pub(super) enum Form {
 /// Rows of inputs.
 pub(super) struct Inputs<'a> {
     values: Values<'a>,
-    form: Form,
     rows: usize,
-    width: usize,
 }
 
 enum Values<'a> {
@@ -39,42 +37,47 @@ enum Values<'a> {
 }
 
 impl<'a> Inputs<'a> {
-    /// Rows that are to be written.
-    pub fn new(ops: &CpuOps, form: Form, rows: usize, width: usize) -> Self {
+    /// Rows that `write` writes, all of them.
+    pub fn by(ops: &CpuOps, form: Form, rows: usize, width: usize, write: impl FnOnce(Writer<'_>)) -> Self {
         let depth = width.next_multiple_of(BLOCK);
-        let len = match form {
+        let mut values = ops.scratch.take(match form {
             Form::Strips => rows * width,
             Form::Wide => rows * depth,
             Form::Halves => rows * depth / 2,
+        });
+        let to = match form {
+            Form::Strips => To::Strips(Shares::new(&mut values)),
+            Form::Wide => To::Wide(Shares::new(&mut values)),
+            Form::Halves => To::Halves(Shares::new(values.halves_mut())),
         };
-        Self { values: Values::Own(ops.scratch.take(len)), form, rows, width }
+        write(Writer { to, rows, width });
+        Self { values: Values::Own(values), rows }
     }
 
     /// The rows of `x`, `(rows, width)`, normalised if `norm` says how.
     pub fn of(ops: &CpuOps, form: Form, x: &'a [f32], width: usize, norm: Option<&Norm<Vec<f32>>>) -> Self {
         let rows = x.len() / width;
         if let (Form::Strips, 1, None) = (form, rows, norm) {
-            return Self { values: Values::Row(x), form, rows, width };
+            return Self { values: Values::Row(x), rows };
         }
-        let mut inputs = Self::new(ops, form, rows, width);
-        let writer = inputs.writer();
-        // A value costs about as much as a multiply-add of a line to lay it among others, and less to round it.
-        ops.team.each(rows.div_ceil(ROWS), ROWS * width * 8, |strip| {
-            let rows = strip * ROWS..rows.min((strip + 1) * ROWS);
-            let x = &x[rows.start * width..rows.end * width];
-            // SAFETY: each strip is written once.
-            let put = |x: &[f32]| unsafe { writer.put(ops.level, rows, 0..width, x, width) };
-            match norm {
-                Some(norm) => local(x.len().div_ceil(LANES), |own| {
-                    let own = &mut values(own)[..x.len()];
-                    own.copy_from_slice(x);
-                    own.chunks_exact_mut(width).for_each(|x| ops.level.run(Normalise { norm, first: 0, x }));
-                    put(own);
-                }),
-                None => put(x),
-            }
-        });
-        inputs
+        Self::by(ops, form, rows, width, |writer| {
+            // A value costs about as much as a multiply-add of a line to lay it among others, and less to round it.
+            ops.team.each(rows.div_ceil(ROWS), ROWS * width * 8, |strip| {
+                let rows = strip * ROWS..rows.min((strip + 1) * ROWS);
+                let x = &x[rows.start * width..rows.end * width];
+                // SAFETY: each strip is written once.
+                let put = |x: &[f32]| unsafe { writer.put(ops.level, rows, 0..width, x, width) };
+                match norm {
+                    Some(norm) => local(x.len().div_ceil(LANES), |own| {
+                        let own = &mut values(own)[..x.len()];
+                        own.copy_from_slice(x);
+                        own.chunks_exact_mut(width).for_each(|x| ops.level.run(Normalise { norm, first: 0, x }));
+                        put(own);
+                    }),
+                    None => put(x),
+                }
+            });
+        })
     }
 
     pub fn rows(&self) -> usize {
@@ -95,18 +98,6 @@ impl<'a> Inputs<'a> {
             Values::Own(values) => values.halves(),
             Values::Row(_) => &[],
         }
-    }
-
-    /// What writes them.
-    pub fn writer(&mut self) -> Writer<'_> {
-        let &mut Self { form, rows, width, .. } = self;
-        let to = match (&mut self.values, form) {
-            (Values::Own(values), Form::Strips) => To::Strips(Shares::new(values)),
-            (Values::Own(values), Form::Wide) => To::Wide(Shares::new(values)),
-            (Values::Own(values), Form::Halves) => To::Halves(Shares::new(values.halves_mut())),
-            (Values::Row(_), _) => To::Wide(Shares::new(&mut [])),
-        };
-        Writer { to, rows, width }
     }
 }
 

@@ -64,7 +64,7 @@ pub(crate) struct CpuOps {
     pages: Arc<Scratch>,
     /// Positions whose softmax is computed at once.
     span: usize,
-    /// Whether attention multiplies bf16 in AMX's order: where products do.
+    /// Whether attention multiplies bf16: where products do, and there are tiles for it; by vectors f32 is faster.
     halves: bool,
 }
 
@@ -88,7 +88,7 @@ impl CpuOps {
         Self {
             dtype,
             level,
-            halves: dtype == DType::BF16 && level.instructions() != Instructions::Avx512Bf16,
+            halves: dtype == DType::BF16 && level.instructions() == Instructions::Amx,
             team,
             weights: Arc::default(),
             scratch: Scratch::new(),
@@ -137,9 +137,10 @@ impl CpuOps {
         down: &panels::Weight,
     ) -> Inputs<'static> {
         debug_assert_eq!(gate_up.outputs(), 2 * down.inputs().next_multiple_of(LANES));
-        let mut inner = Inputs::new(self, down.form(self, x.tokens()), x.tokens(), down.inputs());
-        gate_up.product(self, &self.inputs(norm, gate_up, x), Then::Gate(activation, inner.writer()));
-        inner
+        let inputs = self.inputs(norm, gate_up, x);
+        Inputs::by(self, down.form(self, x.tokens()), x.tokens(), down.inputs(), |writer| {
+            gate_up.product(self, &inputs, Then::Gate(activation, writer));
+        })
     }
 
     /// `x`, normalised if `norm` says how, as `weight` reads it.

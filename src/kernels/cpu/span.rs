@@ -2,6 +2,7 @@
 
 use super::{
     attention::{Job, Query},
+    halves::alternate,
     isa::{Isa, Level, Task},
     line::LANES,
     math,
@@ -80,7 +81,7 @@ impl Work<'_> {
 
     /// The products of `R` queries with those of the pages that one of them sees, a page being a panel of 16 positions.
     fn score<const R: usize, const C: usize, const D: usize>(&mut self, level: Level, first: usize, pages: Range<usize>) {
-        level.run(Score::<R, C> { work: self, first, pages });
+        level.run(Score::<R, C, false> { work: self, first, pages });
     }
 
     /// The sums of `panels` of the values, with the weights of `R` queries.
@@ -89,13 +90,14 @@ impl Work<'_> {
     }
 }
 
-struct Score<'a, 'b, const R: usize, const C: usize> {
-    work: &'a mut Work<'b>,
-    first: usize,
-    pages: Range<usize>,
+/// In `HALVES` the products are those of bf16, in AMX's order.
+pub(super) struct Score<'a, 'b, const R: usize, const C: usize, const HALVES: bool> {
+    pub work: &'a mut Work<'b>,
+    pub first: usize,
+    pub pages: Range<usize>,
 }
 
-impl<const R: usize, const C: usize> Task for Score<'_, '_, R, C> {
+impl<const R: usize, const C: usize, const HALVES: bool> Task for Score<'_, '_, R, C, HALVES> {
     type Out = ();
     const NARROW: bool = !is_wide(R, C);
     const WIDE: bool = is_wide(R, C);
@@ -114,7 +116,7 @@ impl<const R: usize, const C: usize> Task for Score<'_, '_, R, C> {
     }
 }
 
-impl<const R: usize, const C: usize> Tiles for Score<'_, '_, R, C> {
+impl<const R: usize, const C: usize, const HALVES: bool> Tiles for Score<'_, '_, R, C, HALVES> {
     #[inline(always)]
     fn tile<I: Isa, const N: usize>(&mut self, isa: I, page: usize) {
         self.work.ask(isa, &self.pages, page + N, N);
@@ -130,7 +132,10 @@ impl<const R: usize, const C: usize> Tiles for Score<'_, '_, R, C> {
             panels[c] = keys(c);
         }
         let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
-        multiply::<I, _, R, N, 0, _>(isa, rows, panels, &mut sums);
+        match HALVES {
+            true => alternate(isa, rows, panels, &mut sums),
+            false => multiply::<I, _, R, N, 0, _>(isa, rows, panels, &mut sums),
+        }
         for r in 0..R {
             let to = work.scores[(first + r) * work.len + page * PAGE..][..N * PAGE].as_chunks_mut().0;
             for c in 0..N {
