@@ -13,10 +13,10 @@ use std::{
 };
 
 /// Bytes that a thread reads ahead at most: half of a small second-level cache.
-const MOST: usize = 256 << 10;
+pub(super) const MOST: usize = 256 << 10;
 
 /// Panels that are read side by side, as by tiles.
-const SIDE: usize = 4;
+const SIDE: usize = 2;
 
 const LINE: usize = 64;
 
@@ -46,12 +46,13 @@ impl Stream {
         self.values().map(|value| value.load(Relaxed))
     }
 
-    /// The lines that come after `asked` bytes of what a thread reads first; none after `MOST`, or after its piece.
-    fn lines(&self, thread: usize, asked: usize) -> Option<[usize; SIDE]> {
+    /// The lines that come after `asked` bytes of what one of so many threads reads first; none after `MOST`, or after its range.
+    fn lines(&self, thread: usize, threads: usize, asked: usize) -> Option<[usize; SIDE]> {
         let [start, panel, panels, pieces, step] = self.get();
-        let piece = part(panels, step.max(1), pieces, thread.checked_rem(pieces)?);
+        let range = part(pieces, 1, threads, thread);
+        let piece = part(panels, step.max(1), pieces.max(1), range.start);
         let panel = panel.next_multiple_of(LINE);
-        if asked >= MOST.min(piece.len().saturating_mul(panel)) {
+        if range.is_empty() || asked >= MOST.min(range.len().saturating_mul(piece.len()).saturating_mul(panel)) {
             return None;
         }
         let (tile, at) = (piece.start + asked / (SIDE * panel) * SIDE, asked % (SIDE * panel) / SIDE);
@@ -89,14 +90,14 @@ impl Ahead {
     }
 
     /// Asks for what a thread reads first, until all of it is asked for or it is `enough`.
-    pub fn read(&self, thread: usize, enough: impl Fn() -> bool) {
+    pub fn read(&self, thread: usize, threads: usize, enough: impl Fn() -> bool) {
         // The turn, and the bytes of it that were asked for.
         thread_local!(static ASKED: Cell<(usize, usize)> = const { Cell::new((0, 0)) });
         let turn = self.turn.load(Relaxed);
         let (last, asked) = ASKED.get();
         let mut asked = if last == turn { asked } else { 0 };
         while !enough()
-            && let Some(lines) = self.next.lines(thread, asked)
+            && let Some(lines) = self.next.lines(thread, threads, asked)
         {
             lines.into_iter().for_each(prefetch);
             asked += SIDE * LINE;
@@ -115,24 +116,25 @@ mod tests {
         stream
     }
 
-    fn lines(stream: &Stream, thread: usize) -> Vec<usize> {
-        (0..).map_while(|i| stream.lines(thread, i * SIDE * LINE)).flatten().collect()
+    fn lines(stream: &Stream, thread: usize, threads: usize) -> Vec<usize> {
+        (0..).map_while(|i| stream.lines(thread, threads, i * SIDE * LINE)).flatten().collect()
     }
 
     #[test]
-    fn a_thread_reads_the_beginning_of_its_piece() {
-        // 24 panels of 640 bytes in 3 pieces: each thread has one, each line of it once, four panels side by side.
-        let whole = stream([1 << 20, 640, 24, 3, 2]);
-        for thread in 0..4 {
-            let mut lines = lines(&whole, thread);
-            let first = (1 << 20) + thread % 3 * 8 * 640;
-            assert_eq!(lines[..5], [first, first + 640, first + 2 * 640, first + 3 * 640, first + LINE]);
+    fn a_thread_reads_the_beginning_of_its_range() {
+        // 24 panels of 640 bytes in 6 pieces, two for each of three threads: each line once, two panels side by side.
+        let whole = stream([1 << 20, 640, 24, 6, 2]);
+        for thread in 0..3 {
+            let mut lines = lines(&whole, thread, 3);
+            let first = (1 << 20) + thread * 8 * 640;
+            assert_eq!(lines[..3], [first, first + 640, first + LINE]);
             lines.sort_unstable();
             assert!(lines.into_iter().eq((0..8 * 640 / LINE).map(|line| first + line * LINE)));
         }
-        assert_eq!(lines(&stream([0, 64 << 10, 100, 2, 2]), 1).len(), MOST / LINE);
+        assert!(lines(&stream([0, 640, 24, 1, 2]), 0, 3).is_empty(), "the piece is another's");
+        assert_eq!(lines(&stream([0, 64 << 10, 100, 2, 2]), 1, 2).len(), MOST / LINE);
         for odd in [[0; 5], [1, 0, 8, 2, 2], [1, 64, 0, 2, 2], [usize::MAX, 1 << 40, 1 << 20, 1, 9]] {
-            assert!(lines(&stream(odd), 1).len() <= MOST / LINE);
+            assert!((0..2).all(|thread| lines(&stream(odd), thread, 2).len() <= MOST / LINE));
         }
     }
 
@@ -154,11 +156,11 @@ mod tests {
         ahead.set(&stream([0, 640, 8, 1, 2]));
         let steps = |most: usize| {
             let left = Cell::new(most);
-            ahead.read(0, || left.replace(left.get().saturating_sub(1)) == 0);
+            ahead.read(0, 1, || left.replace(left.get().saturating_sub(1)) == 0);
             most - left.get()
         };
-        assert_eq!([steps(5), steps(100), steps(100)], [5, 16, 1], "20 steps and a look after the last");
+        assert_eq!([steps(5), steps(100), steps(100)], [5, 36, 1], "40 steps and a look after the last");
         ahead.set(&stream([0, 640, 8, 1, 2]));
-        assert_eq!(steps(100), 21, "anew");
+        assert_eq!(steps(100), 41, "anew");
     }
 }

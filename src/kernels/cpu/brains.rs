@@ -7,9 +7,10 @@
 
 use super::{
     CpuOps,
-    inputs::{Form, Inputs},
+    inputs::{self, Form, Inputs},
     isa::{Isa, Level, Task},
-    line::{BLOCK, Bf16, LANES},
+    line::{BLOCK, Bf16, Dots, LANES},
+    panels,
     scratch::{halves, local, values},
     target::{Bands, Place, Target},
     tile::{ROWS, Sums, Tiles, is_wide, tiled},
@@ -67,11 +68,13 @@ impl Unit {
     fn form(self) -> Form {
         match self {
             Self::Vectors => Form::Wide,
-            _ => Form::Halves,
+            Self::Pairs => Form::Pairs,
+            #[cfg(target_arch = "x86_64")]
+            Self::Tiles(_) => Form::Halves,
         }
     }
 
-    /// The products of rows, `shape` being their number and inputs, with all panels of `place`, by one thread.
+    /// The products of rows in AMX's order, `shape` being their number and inputs, with all panels of `place`, by one thread.
     ///
     /// # Safety
     /// No other thread accesses these outputs meanwhile.
@@ -88,21 +91,16 @@ impl Unit {
         // SAFETY: as of this function.
         local(rows * depth / LANES, |own| unsafe {
             match self {
-                Self::Vectors => {
-                    let own = &mut values(own)[..rows * depth];
-                    round(level, inputs, depth, x, own);
-                    Product { level, x: own, depth, lines }.block(0..rows, panels, place);
-                }
-                Self::Pairs => {
-                    let own = &mut halves(own)[..rows * depth];
-                    round(level, inputs, depth, x, own);
-                    Product { level, x: own, depth, lines }.block(0..rows, panels, place);
-                }
                 #[cfg(target_arch = "x86_64")]
                 Self::Tiles(amx) => {
                     let own = &mut halves(own)[..rows * depth];
-                    round(level, inputs, depth, x, own);
+                    round(level, depth, x, own);
                     amx.product(&super::amx::Block { x: own, lines, depth, place, rows: 0..rows, panels });
+                }
+                _ => {
+                    let own = &mut values(own)[..rows * depth];
+                    round(level, depth, x, own);
+                    Product { level, x: own, depth, lines }.block(0..rows, panels, place);
                 }
             }
         });
@@ -112,7 +110,10 @@ impl Unit {
         let depth = inputs.next_multiple_of(BLOCK);
         match self {
             Self::Vectors => Product { level: ops.level, x: x.wide(), depth, lines }.fill(ops, target),
-            Self::Pairs => Product { level: ops.level, x: x.halves(), depth, lines }.fill(ops, target),
+            Self::Pairs => {
+                let pairs = depth / 2;
+                panels::Product { level: ops.level, lines: Dots::of(lines), stride: pairs, inputs: pairs, x: x.wide() }.fill(ops, target);
+            }
             #[cfg(target_arch = "x86_64")]
             Self::Tiles(amx) => {
                 let x = x.halves();
@@ -127,13 +128,9 @@ impl Unit {
     }
 }
 
-/// Rounds the rows `x` to `(rows, depth)`, filled up with zeros.
-fn round<'a, T: Brain>(level: Level, inputs: usize, depth: usize, x: impl Fn(usize) -> &'a [f32], to: &mut [T]) {
-    for (i, to) in to.chunks_exact_mut(depth).enumerate() {
-        let (to, rest) = to.split_at_mut(inputs);
-        level.run(Round { x: x(i), to });
-        rest.fill(T::ZERO);
-    }
+/// Rounds rows to `(rows, depth)`.
+fn round<'a, T: Brain>(level: Level, depth: usize, x: impl Fn(usize) -> &'a [f32], to: &mut [T]) {
+    to.chunks_exact_mut(depth).enumerate().for_each(|(i, to)| inputs::round(level, x(i), to));
 }
 
 /// Rounds values to bf16, where they are.
@@ -183,25 +180,14 @@ fn flushed(bits: u16) -> u16 {
     if bits & 0x7fff < LEAST { 0 } else { bits }
 }
 
-/// An input as vectors take it, which says how they sum.
+/// A rounded input, as a kernel takes it.
 pub(super) trait Brain: Copy + Send + Sync {
     const ZERO: Self;
     /// Of a bf16's bits.
     fn new(bits: u16) -> Self;
-    /// Compiles `task` for a level.
-    fn run(level: Level, task: impl Task<Out = ()>);
-    /// Adds the products of rows with panels over a block of inputs. Lines are asked for so many lines before they are needed, if that is
-    /// not 0.
-    fn add<I: Isa, const R: usize, const C: usize>(
-        isa: I,
-        rows: [&[Self; BLOCK]; R],
-        panels: [&[Bf16; BLOCK / 2]; C],
-        ahead: usize,
-        sums: &mut Sums<I, R, C>,
-    );
 }
 
-/// Widened, for AMX's order.
+/// Widened.
 impl Brain for f32 {
     const ZERO: Self = 0.0;
 
@@ -209,25 +195,33 @@ impl Brain for f32 {
     fn new(bits: u16) -> Self {
         bf16::from_bits(bits).to_f32()
     }
+}
 
-    fn run(level: Level, task: impl Task<Out = ()>) {
-        level.run(task);
-    }
+/// As it is.
+impl Brain for u16 {
+    const ZERO: Self = 0;
 
     #[inline(always)]
-    fn add<I: Isa, const R: usize, const C: usize>(
-        isa: I,
-        rows: [&[f32; BLOCK]; R],
-        panels: [&[Bf16; BLOCK / 2]; C],
-        ahead: usize,
-        sums: &mut Sums<I, R, C>,
-    ) {
-        let even = every_other::<I, R, C, 0>(isa, rows, panels, ahead);
-        let odd = every_other::<I, R, C, 1>(isa, rows, panels, 0);
-        for r in 0..R {
-            for c in 0..C {
-                sums[r][c] = isa.mul_add(isa.mul_add(even[r][c], 1.0, odd[r][c]), 1.0, sums[r][c]);
-            }
+    fn new(bits: u16) -> Self {
+        bits
+    }
+}
+
+/// Adds the products of rows with panels over a block of inputs. Lines are asked for so many lines before they are needed, if that is not
+/// 0.
+#[inline(always)]
+fn add<I: Isa, const R: usize, const C: usize>(
+    isa: I,
+    rows: [&[f32; BLOCK]; R],
+    panels: [&[Bf16; BLOCK / 2]; C],
+    ahead: usize,
+    sums: &mut Sums<I, R, C>,
+) {
+    let even = every_other::<I, R, C, 0>(isa, rows, panels, ahead);
+    let odd = every_other::<I, R, C, 1>(isa, rows, panels, 0);
+    for r in 0..R {
+        for c in 0..C {
+            sums[r][c] = isa.mul_add(isa.mul_add(even[r][c], 1.0, odd[r][c]), 1.0, sums[r][c]);
         }
     }
 }
@@ -267,45 +261,11 @@ fn fetch<I: Isa, const C: usize>(isa: I, panels: [&[Bf16; BLOCK / 2]; C], i: usi
     }
 }
 
-/// As it is, for products of pairs.
-impl Brain for u16 {
-    const ZERO: Self = 0;
-
-    #[inline(always)]
-    fn new(bits: u16) -> Self {
-        bits
-    }
-
-    fn run(level: Level, task: impl Task<Out = ()>) {
-        level.dots(task);
-    }
-
-    #[inline(always)]
-    fn add<I: Isa, const R: usize, const C: usize>(
-        isa: I,
-        rows: [&[u16; BLOCK]; R],
-        panels: [&[Bf16; BLOCK / 2]; C],
-        ahead: usize,
-        sums: &mut Sums<I, R, C>,
-    ) {
-        for i in 0..BLOCK / 2 {
-            if ahead > 0 {
-                fetch(isa, panels, i, ahead);
-            }
-            for r in 0..R {
-                for c in 0..C {
-                    sums[r][c] = isa.dot(&panels[c][i].0, [rows[r][2 * i], rows[r][2 * i + 1]], sums[r][c]);
-                }
-            }
-        }
-    }
-}
-
-/// A product by vectors.
-struct Product<'a, T> {
+/// A product by vectors in AMX's order.
+struct Product<'a> {
     level: Level,
     /// `(rows, depth)`
-    x: &'a [T],
+    x: &'a [f32],
     /// Inputs, whole blocks.
     depth: usize,
     lines: &'a [Bf16],
@@ -317,7 +277,7 @@ const DEPTH: usize = 640;
 /// Lines of a panel that are asked for before they are read: 2 kB.
 const AHEAD: usize = 32;
 
-impl<T: Brain> Product<'_, T> {
+impl Product<'_> {
     fn fill(&self, ops: &CpuOps, target: &Target<'_>) {
         // SAFETY: a block's outputs are those that it is given.
         unsafe {
@@ -348,8 +308,8 @@ impl<T: Brain> Product<'_, T> {
 }
 
 /// Adds the products of `inputs` to the outputs of `panels` for some rows. No other thread accesses these outputs meanwhile.
-struct Strip<'a, T> {
-    product: &'a Product<'a, T>,
+struct Strip<'a> {
+    product: &'a Product<'a>,
     place: &'a Place<'a>,
     row: usize,
     panels: Range<usize>,
@@ -357,16 +317,16 @@ struct Strip<'a, T> {
     is_read_once: bool,
 }
 
-impl<T: Brain> Strip<'_, T> {
+impl Strip<'_> {
     fn run<const R: usize, const C: usize, const D: usize>(&self, level: Level) {
-        T::run(level, Columns::<T, R, C, D>(self));
+        level.run(Columns::<R, C, D>(self));
     }
 }
 
 /// A strip of `R` rows, `C` panels at a time, then `D`, then one.
-struct Columns<'a, T, const R: usize, const C: usize, const D: usize>(&'a Strip<'a, T>);
+struct Columns<'a, const R: usize, const C: usize, const D: usize>(&'a Strip<'a>);
 
-impl<T: Brain, const R: usize, const C: usize, const D: usize> Task for Columns<'_, T, R, C, D> {
+impl<const R: usize, const C: usize, const D: usize> Task for Columns<'_, R, C, D> {
     type Out = ();
     const NARROW: bool = !is_wide(R, C);
     const WIDE: bool = is_wide(R, C);
@@ -377,7 +337,7 @@ impl<T: Brain, const R: usize, const C: usize, const D: usize> Task for Columns<
     }
 }
 
-impl<T: Brain, const R: usize, const C: usize, const D: usize> Tiles for Columns<'_, T, R, C, D> {
+impl<const R: usize, const C: usize, const D: usize> Tiles for Columns<'_, R, C, D> {
     #[inline(always)]
     fn tile<I: Isa, const N: usize>(&mut self, isa: I, panel: usize) {
         let &Strip { product, place, row, ref inputs, is_read_once, .. } = self.0;
@@ -412,7 +372,7 @@ impl<T: Brain, const R: usize, const C: usize, const D: usize> Tiles for Columns
                 true => AHEAD + (N - 1) * stride,
                 false => 0,
             };
-            T::add(isa, row, lines, ahead, &mut sums);
+            add(isa, row, lines, ahead, &mut sums);
         }
         for r in 0..R {
             for c in 0..N {

@@ -6,7 +6,7 @@ use super::{
     isa::{Isa, Level, Task},
     line::{BLOCK, LANES},
     pointwise::Normalise,
-    scratch::{Buffer, local, values},
+    scratch::{Buffer, halves, local, values},
     threads::Shares,
     tile::ROWS,
 };
@@ -22,6 +22,8 @@ pub(super) enum Form {
     Wide,
     /// bf16, filled up likewise.
     Halves,
+    /// The same in strips, two inputs after each other being one value, the bits of both.
+    Pairs,
 }
 
 /// Rows of inputs.
@@ -43,12 +45,13 @@ impl<'a> Inputs<'a> {
         let mut values = ops.scratch.take(match form {
             Form::Strips => rows * width,
             Form::Wide => rows * depth,
-            Form::Halves => rows * depth / 2,
+            Form::Halves | Form::Pairs => rows * depth / 2,
         });
         let to = match form {
             Form::Strips => To::Strips(Shares::new(&mut values)),
             Form::Wide => To::Wide(Shares::new(&mut values)),
             Form::Halves => To::Halves(Shares::new(values.halves_mut())),
+            Form::Pairs => To::Pairs(Shares::new(&mut values)),
         };
         write(Writer { to, rows, width });
         Self { values: Values::Own(values), rows }
@@ -84,7 +87,7 @@ impl<'a> Inputs<'a> {
         self.rows
     }
 
-    /// As f32: [`Form::Strips`] or [`Form::Wide`].
+    /// As f32: not [`Form::Halves`].
     pub fn wide(&self) -> &[f32] {
         match &self.values {
             Values::Own(values) => values,
@@ -112,6 +115,7 @@ enum To<'a> {
     Strips(Shares<'a, f32>),
     Wide(Shares<'a, f32>),
     Halves(Shares<'a, u16>),
+    Pairs(Shares<'a, f32>),
 }
 
 impl Writer<'_> {
@@ -125,55 +129,71 @@ impl Writer<'_> {
     /// # Safety
     /// No other thread writes these.
     pub unsafe fn put(&self, level: Level, rows: Range<usize>, columns: Range<usize>, values: &[f32], stride: usize) {
-        match &self.to {
-            To::Strips(to) => {
-                debug_assert!(rows.start.is_multiple_of(ROWS) && (rows.end.is_multiple_of(ROWS) || rows.end == self.rows));
-                for (row, from) in rows.clone().step_by(ROWS).zip(values.chunks(ROWS * stride)) {
-                    let count = ROWS.min(self.rows - row);
-                    let place = row * self.width + columns.start * count..row * self.width + columns.end * count;
-                    // SAFETY: as of this function.
-                    let to = unsafe { to.slice(place) };
-                    match count {
-                        1 => level.run(Interleave::<1> { from, stride, to }),
-                        2 => level.run(Interleave::<2> { from, stride, to }),
-                        3 => level.run(Interleave::<3> { from, stride, to }),
-                        4 => level.run(Interleave::<4> { from, stride, to }),
-                        5 => level.run(Interleave::<5> { from, stride, to }),
-                        _ => level.run(Interleave::<ROWS> { from, stride, to }),
-                    }
+        // Who has the last column fills the row up.
+        let depth = self.width.next_multiple_of(BLOCK);
+        let end = if columns.end == self.width { depth } else { columns.end };
+        let count = columns.len();
+        let rounded = values.chunks(stride).map(|x| &x[..count]);
+        // SAFETY: as of this function.
+        unsafe {
+            match &self.to {
+                To::Strips(to) => self.strips(level, to, self.width, rows, columns, values, stride),
+                To::Wide(to) => {
+                    rows.zip(rounded).for_each(|(row, x)| round(level, x, to.slice(row * depth + columns.start..row * depth + end)))
+                }
+                To::Halves(to) => {
+                    rows.zip(rounded).for_each(|(row, x)| round(level, x, to.slice(row * depth + columns.start..row * depth + end)))
+                }
+                To::Pairs(to) => {
+                    debug_assert!(columns.start.is_multiple_of(2));
+                    let pairs = columns.start / 2..end / 2;
+                    local((rows.len() * pairs.len()).div_ceil(LANES), |own| {
+                        halves(own).chunks_exact_mut(2 * pairs.len()).zip(rounded).for_each(|(to, x)| round(level, x, to));
+                        let stride = pairs.len();
+                        self.strips(level, to, depth / 2, rows, pairs, self::values(own), stride);
+                    });
                 }
             }
-            // SAFETY: as of this function.
-            To::Wide(to) => unsafe { self.round(to, level, rows, columns, values, stride) },
-            // SAFETY: as of this function.
-            To::Halves(to) => unsafe { self.round(to, level, rows, columns, values, stride) },
         }
     }
 
-    /// [`Self::put`], rounded.
+    /// Lays `columns` of `rows`, of `width` columns, in strips.
     ///
     /// # Safety
-    /// As of [`Self::put`].
-    unsafe fn round<T: Brain>(
+    /// No other thread writes these.
+    unsafe fn strips(
         &self,
-        to: &Shares<'_, T>,
         level: Level,
+        to: &Shares<'_, f32>,
+        width: usize,
         rows: Range<usize>,
         columns: Range<usize>,
         values: &[f32],
         stride: usize,
     ) {
-        let depth = self.width.next_multiple_of(BLOCK);
-        // Who has the last column fills the row up.
-        let end = if columns.end == self.width { depth } else { columns.end };
-        for (row, x) in rows.zip(values.chunks(stride)) {
+        debug_assert!(rows.start.is_multiple_of(ROWS) && (rows.end.is_multiple_of(ROWS) || rows.end == self.rows));
+        for (row, from) in rows.step_by(ROWS).zip(values.chunks(ROWS * stride)) {
+            let count = ROWS.min(self.rows - row);
+            let place = row * width + columns.start * count..row * width + columns.end * count;
             // SAFETY: as of this function.
-            let to = unsafe { to.slice(row * depth + columns.start..row * depth + end) };
-            let (to, rest) = to.split_at_mut(columns.len());
-            level.run(Round { x: &x[..columns.len()], to });
-            rest.fill(T::ZERO);
+            let to = unsafe { to.slice(place) };
+            match count {
+                1 => level.run(Interleave::<1> { from, stride, to }),
+                2 => level.run(Interleave::<2> { from, stride, to }),
+                3 => level.run(Interleave::<3> { from, stride, to }),
+                4 => level.run(Interleave::<4> { from, stride, to }),
+                5 => level.run(Interleave::<5> { from, stride, to }),
+                _ => level.run(Interleave::<ROWS> { from, stride, to }),
+            }
         }
     }
+}
+
+/// Rounds values, and fills up with zeros.
+pub(super) fn round<T: Brain>(level: Level, x: &[f32], to: &mut [T]) {
+    let (to, rest) = to.split_at_mut(x.len());
+    level.run(Round { x, to });
+    rest.fill(T::ZERO);
 }
 
 /// Lays `R` rows side by side.

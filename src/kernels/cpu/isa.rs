@@ -64,9 +64,9 @@ pub(crate) trait Isa: Copy {
     fn brains(self, pairs: &[u16; 2 * LANES], value: usize) -> Self::Lanes;
     /// Widens f16 values.
     fn halves(self, bits: &[u16; LANES]) -> Self::Lanes;
-    /// Adds the products of both bf16 values of each pair with those of `x`, the second first, rounded twice.
+    /// Adds the products of both bf16 values that each lane is with those that `x` is, the second first, rounded twice.
     #[inline(always)]
-    fn dot(self, pairs: &[u16; 2 * LANES], x: [u16; 2], sum: Self::Lanes) -> Self::Lanes {
+    fn dot(self, pairs: Self::Lanes, x: f32, sum: Self::Lanes) -> Self::Lanes {
         dot(self, pairs, x, sum)
     }
     /// Asks for a cache line that is read soon. Any address will do.
@@ -75,9 +75,22 @@ pub(crate) trait Isa: Copy {
 
 /// [`Isa::dot`] by widening.
 #[inline(always)]
-pub(super) fn dot<I: Isa>(isa: I, pairs: &[u16; 2 * LANES], x: [u16; 2], sum: I::Lanes) -> I::Lanes {
-    let [first, second] = x.map(|bits| f32::from_bits(u32::from(bits) << 16));
-    isa.mul_add(isa.brains(pairs, 0), first, isa.mul_add(isa.brains(pairs, 1), second, sum))
+pub(super) fn dot<I: Isa>(isa: I, pairs: I::Lanes, x: f32, sum: I::Lanes) -> I::Lanes {
+    let mut values = [0.0; LANES];
+    isa.store(pairs, &mut values);
+    let (mut first, mut second) = ([0.0; LANES], [0.0; LANES]);
+    for lane in 0..LANES {
+        [first[lane], second[lane]] = two(values[lane]);
+    }
+    let x = two(x);
+    isa.mul_add(isa.load(&first), x[0], isa.mul_add(isa.load(&second), x[1], sum))
+}
+
+/// The two bf16 values that lie in memory as this value does.
+#[inline(always)]
+fn two(value: f32) -> [f32; 2] {
+    let [a, b, c, d] = value.to_ne_bytes();
+    [[a, b], [c, d]].map(|bytes| bf16::from_ne_bytes(bytes).to_f32())
 }
 
 /// Asks for a cache line, into the second-level cache, that is read later. Any address will do.

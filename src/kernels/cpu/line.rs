@@ -26,14 +26,33 @@ pub(crate) struct F16(pub [u16; LANES]);
 /// Inputs that a panel of bf16 is filled up to: what the units take at once.
 pub(crate) const BLOCK: usize = 32;
 
-/// A line of any type, read as f32. Widening is exact, so the type costs bandwidth and never accuracy.
-pub(crate) trait Line: Copy + Send + Sync {
-    const ZERO: Self;
+/// Lines that rows are multiplied by.
+pub(crate) trait Factor: Copy + Send + Sync {
     /// Inputs that a line has values of.
     const INPUTS: usize;
-    const IS_F32: bool = false;
+    /// Whether a line needs no widening.
+    const IS_PLAIN: bool = false;
+    /// Whether [`Self::add`] is [`Isa::dot`].
+    const DOTS: bool = false;
     /// The lines of two inputs.
     type Pair;
+
+    /// The lines of the first `inputs` two by two, and what the last has where their number is odd.
+    fn pairs(panel: &[Self], inputs: usize) -> (&[Self::Pair], &[Self]);
+    /// Input 0 or 1 of a pair.
+    fn widen<I: Isa>(pair: &Self::Pair, input: usize, isa: I) -> I::Lanes;
+    /// The first input of a line.
+    fn first<I: Isa>(&self, isa: I) -> I::Lanes;
+    /// Adds the products of an input with `x`.
+    #[inline(always)]
+    fn add<I: Isa>(isa: I, line: I::Lanes, x: f32, sum: I::Lanes) -> I::Lanes {
+        isa.mul_add(line, x, sum)
+    }
+}
+
+/// A line of any type, read as f32. Widening is exact, so the type costs bandwidth and never accuracy.
+pub(crate) trait Line: Factor {
+    const ZERO: Self;
 
     /// Lines of a panel of so many inputs.
     fn count(inputs: usize) -> usize;
@@ -42,19 +61,31 @@ pub(crate) trait Line: Copy + Send + Sync {
     fn fill(panel: &mut [Self], lane: usize, inputs: usize, dtype: DType, bytes: &[u8], start: usize, stride: usize);
     /// The value of an input.
     fn get(panel: &[Self], lane: usize, input: usize) -> f32;
-    /// The lines of the first `inputs` two by two, and what the last has where their number is odd.
-    fn pairs(panel: &[Self], inputs: usize) -> (&[Self::Pair], &[Self]);
-    /// Input 0 or 1 of a pair.
-    fn widen<I: Isa>(pair: &Self::Pair, input: usize, isa: I) -> I::Lanes;
-    /// The first input of a line.
-    fn first<I: Isa>(&self, isa: I) -> I::Lanes;
+}
+
+impl Factor for F32 {
+    const INPUTS: usize = 1;
+    const IS_PLAIN: bool = true;
+    type Pair = [Self; 2];
+
+    #[inline(always)]
+    fn pairs(panel: &[Self], inputs: usize) -> (&[[Self; 2]], &[Self]) {
+        panel[..inputs].as_chunks()
+    }
+
+    #[inline(always)]
+    fn widen<I: Isa>(pair: &[Self; 2], input: usize, isa: I) -> I::Lanes {
+        isa.load(&pair[input].0)
+    }
+
+    #[inline(always)]
+    fn first<I: Isa>(&self, isa: I) -> I::Lanes {
+        isa.load(&self.0)
+    }
 }
 
 impl Line for F32 {
     const ZERO: Self = Self([0.0; LANES]);
-    const INPUTS: usize = 1;
-    const IS_F32: bool = true;
-    type Pair = [Self; 2];
 
     fn count(inputs: usize) -> usize {
         inputs
@@ -73,6 +104,25 @@ impl Line for F32 {
     fn get(panel: &[Self], lane: usize, input: usize) -> f32 {
         panel[input].0[lane]
     }
+}
+
+/// A line of bf16 that is multiplied as it is. Two of its inputs are one here, the bits of both, as [`Isa::dot`] takes them.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(crate) struct Dots(F32);
+
+impl Dots {
+    pub(crate) fn of(lines: &[Bf16]) -> &[Self] {
+        // SAFETY: both are 64 bytes, begin at a multiple of that, and have no invalid values.
+        unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len()) }
+    }
+}
+
+impl Factor for Dots {
+    const INPUTS: usize = 1;
+    const IS_PLAIN: bool = true;
+    const DOTS: bool = true;
+    type Pair = [Self; 2];
 
     #[inline(always)]
     fn pairs(panel: &[Self], inputs: usize) -> (&[[Self; 2]], &[Self]) {
@@ -81,19 +131,42 @@ impl Line for F32 {
 
     #[inline(always)]
     fn widen<I: Isa>(pair: &[Self; 2], input: usize, isa: I) -> I::Lanes {
-        isa.load(&pair[input].0)
+        pair[input].first(isa)
     }
 
     #[inline(always)]
     fn first<I: Isa>(&self, isa: I) -> I::Lanes {
-        isa.load(&self.0)
+        isa.load(&self.0.0)
+    }
+
+    #[inline(always)]
+    fn add<I: Isa>(isa: I, line: I::Lanes, x: f32, sum: I::Lanes) -> I::Lanes {
+        isa.dot(line, x, sum)
+    }
+}
+
+impl Factor for Bf16 {
+    const INPUTS: usize = 2;
+    type Pair = Self;
+
+    #[inline(always)]
+    fn pairs(panel: &[Self], inputs: usize) -> (&[Self], &[Self]) {
+        panel[..inputs.div_ceil(2)].split_at(inputs / 2)
+    }
+
+    #[inline(always)]
+    fn widen<I: Isa>(pair: &Self, input: usize, isa: I) -> I::Lanes {
+        isa.brains(&pair.0, input)
+    }
+
+    #[inline(always)]
+    fn first<I: Isa>(&self, isa: I) -> I::Lanes {
+        isa.brains(&self.0, 0)
     }
 }
 
 impl Line for Bf16 {
     const ZERO: Self = Self([0; 2 * LANES]);
-    const INPUTS: usize = 2;
-    type Pair = Self;
 
     fn count(inputs: usize) -> usize {
         inputs.div_ceil(BLOCK) * (BLOCK / 2)
@@ -116,27 +189,30 @@ impl Line for Bf16 {
     fn get(panel: &[Self], lane: usize, input: usize) -> f32 {
         bf16::from_bits(panel[input / 2].0[2 * lane + input % 2]).to_f32()
     }
+}
+
+impl Factor for F16 {
+    const INPUTS: usize = 1;
+    type Pair = [Self; 2];
 
     #[inline(always)]
-    fn pairs(panel: &[Self], inputs: usize) -> (&[Self], &[Self]) {
-        panel[..inputs.div_ceil(2)].split_at(inputs / 2)
+    fn pairs(panel: &[Self], inputs: usize) -> (&[[Self; 2]], &[Self]) {
+        panel[..inputs].as_chunks()
     }
 
     #[inline(always)]
-    fn widen<I: Isa>(pair: &Self, input: usize, isa: I) -> I::Lanes {
-        isa.brains(&pair.0, input)
+    fn widen<I: Isa>(pair: &[Self; 2], input: usize, isa: I) -> I::Lanes {
+        isa.halves(&pair[input].0)
     }
 
     #[inline(always)]
     fn first<I: Isa>(&self, isa: I) -> I::Lanes {
-        isa.brains(&self.0, 0)
+        isa.halves(&self.0)
     }
 }
 
 impl Line for F16 {
     const ZERO: Self = Self([0; LANES]);
-    const INPUTS: usize = 1;
-    type Pair = [Self; 2];
 
     fn count(inputs: usize) -> usize {
         inputs
@@ -158,21 +234,6 @@ impl Line for F16 {
 
     fn get(panel: &[Self], lane: usize, input: usize) -> f32 {
         f16::from_bits(panel[input].0[lane]).to_f32()
-    }
-
-    #[inline(always)]
-    fn pairs(panel: &[Self], inputs: usize) -> (&[[Self; 2]], &[Self]) {
-        panel[..inputs].as_chunks()
-    }
-
-    #[inline(always)]
-    fn widen<I: Isa>(pair: &[Self; 2], input: usize, isa: I) -> I::Lanes {
-        isa.halves(&pair[input].0)
-    }
-
-    #[inline(always)]
-    fn first<I: Isa>(&self, isa: I) -> I::Lanes {
-        isa.halves(&self.0)
     }
 }
 

@@ -2,16 +2,16 @@
 
 use super::{
     CpuOps,
-    ahead::Stream,
+    ahead::{self, Stream},
     arena::{HUGE, Lines},
     brains,
     inputs::{Form, Inputs},
     isa::{Isa, Level, Task},
-    line::{Bf16, F16, F32, LANES, Line},
+    line::{Bf16, F16, F32, Factor, LANES, Line},
     scratch::local,
     target::{Bands, Place, Target, Then},
     threads::Team,
-    tile::{ROWS, Tiles, is_wide, multiply, tiled},
+    tile::{After, Next, ROWS, Tiles, is_wide, multiply, tiled},
 };
 use crate::{error::Result, kernels::Matrix};
 use candle_core::{DType, Error};
@@ -154,36 +154,41 @@ impl Weight {
     }
 
     fn multiply<L: Line>(&self, ops: &CpuOps, lines: &[L], x: &Inputs<'_>, target: Target<'_>) {
-        let x = x.wide();
-        debug_assert_eq!(x.len(), target.rows() * self.inputs);
         self.look_ahead(ops, lines, &target);
-        let product = Product { level: ops.level, lines, inputs: self.inputs, x };
-        // SAFETY: a block accesses the outputs that it is given.
-        unsafe {
-            let bytes = L::count(self.inputs) * size_of::<L>();
-            target.fill(ops, self.inputs, bytes, &Bands::of(ops.level), |rows, panels, place| product.block(rows, panels, place));
-        }
+        Product { level: ops.level, lines, stride: L::count(self.inputs), inputs: self.inputs, x: x.wide() }.fill(ops, &target);
     }
 }
 
 /// Inputs of [`Bands::most`] rows that stay in the second-level cache (240 kB) while all panels pass by.
 const DEPTH: usize = 640;
 
-struct Product<'a, L> {
-    level: Level,
-    lines: &'a [L],
-    inputs: usize,
+/// A product by vectors, inputs ascending.
+pub(super) struct Product<'a, L> {
+    pub level: Level,
+    pub lines: &'a [L],
+    /// Lines of a panel.
+    pub stride: usize,
+    pub inputs: usize,
     /// In strips.
-    x: &'a [f32],
+    pub x: &'a [f32],
 }
 
-impl<L: Line> Product<'_, L> {
+impl<L: Factor> Product<'_, L> {
+    pub(super) fn fill(&self, ops: &CpuOps, target: &Target<'_>) {
+        debug_assert_eq!(self.x.len(), target.rows() * self.inputs);
+        // SAFETY: a block accesses the outputs that it is given.
+        unsafe {
+            let bytes = self.stride * size_of::<L>();
+            target.fill(ops, self.inputs, bytes, &Bands::of(ops.level), |rows, panels, place| self.block(rows, panels, place));
+        }
+    }
+
     /// The outputs of `panels` for the rows `band`.
     ///
     /// # Safety
     /// No other thread accesses these outputs of these rows meanwhile.
     unsafe fn block(&self, band: Range<usize>, panels: Range<usize>, place: &Place<'_>) {
-        let &Self { level, inputs, .. } = self;
+        let &Self { level, inputs, stride, .. } = self;
         // Few rows: the panels stream by once, as many side by side as the tile has. Many: a panel or four stay in the cache for all
         // rows of the band.
         let few = band.len() <= ROWS;
@@ -195,15 +200,14 @@ impl<L: Line> Product<'_, L> {
                 let group = panel..panels.end.min(panel + group);
                 // SAFETY: the rows and outputs are those of this block.
                 unsafe {
-                    if few || L::IS_F32 {
-                        let stride = L::count(inputs);
+                    if few || L::IS_PLAIN {
                         let lines = &self.lines[panel * stride + from / L::INPUTS..group.end * stride];
                         self.strips(lines, stride, band.clone(), group, depth.clone(), place);
                     } else {
                         // Widened once for all strips.
                         local(group.len() * depth.len(), |wide| {
                             for (panel, wide) in group.clone().zip(wide.chunks_exact_mut(depth.len())) {
-                                let lines = &self.lines[panel * L::count(inputs)..][from / L::INPUTS..];
+                                let lines = &self.lines[panel * stride..][from / L::INPUTS..];
                                 level.run(Widen { lines, wide });
                             }
                             self.strips(wide, depth.len(), band.clone(), group, depth.clone(), place);
@@ -218,7 +222,7 @@ impl<L: Line> Product<'_, L> {
     ///
     /// # Safety
     /// As of [`Self::block`].
-    unsafe fn strips<M: Line>(
+    unsafe fn strips<M: Factor>(
         &self,
         lines: &[M],
         stride: usize,
@@ -230,7 +234,10 @@ impl<L: Line> Product<'_, L> {
         for row in band.clone().step_by(ROWS) {
             let x = &self.x[row * self.inputs..];
             let strip = Strip { x, width: self.inputs, place, lines, stride, row, panels: panels.clone(), inputs: inputs.clone() };
-            tiled!(self.level, band.end - row, strip.run(self.level, band.len() <= ROWS));
+            match (band.len() <= ROWS, self.level.is_wide()) {
+                (true, true) => tiled!(self.level, band.end - row, strip.stream(self.level)),
+                (is_read_once, _) => tiled!(self.level, band.end - row, strip.run(self.level, is_read_once)),
+            }
         }
     }
 }
@@ -249,23 +256,44 @@ struct Strip<'a, L> {
     inputs: Range<usize>,
 }
 
-impl<L: Line> Strip<'_, L> {
-    fn run<const R: usize, const C: usize, const D: usize>(&self, level: Level, once: bool) {
-        // Lines that are read once: where they come in one stream, or vectors are wide, the processor does not look far enough ahead.
-        match once && (C == 1 || level.is_wide()) {
-            true => level.run(Columns::<L, R, C, D, 2048>(self)),
-            false => level.run(Columns::<L, R, C, D, 0>(self)),
+impl<L: Factor> Strip<'_, L> {
+    fn run<const R: usize, const C: usize, const D: usize>(&self, level: Level, is_read_once: bool) {
+        // Where lines that are read once come in one stream, the processor does not look far enough ahead.
+        match is_read_once && C == 1 {
+            true => self.columns::<R, C, D, SOON>(level),
+            false => self.columns::<R, C, D, NEVER>(level),
+        }
+    }
+
+    /// Of lines that are read once, by wide vectors: as few panels at a time as keep them busy, and those that follow are asked for in the
+    /// order in which they lie, as memory is read best in one stream. If that many fit into the cache.
+    fn stream<const R: usize, const C: usize, const D: usize>(&self, level: Level) {
+        match 2 * self.stride * size_of::<L>() <= ahead::MOST {
+            true => self.columns::<R, 2, 1, NEXT>(level),
+            false => self.columns::<R, 2, 1, SOON>(level),
+        }
+    }
+
+    fn columns<const R: usize, const C: usize, const D: usize, const AHEAD: u8>(&self, level: Level) {
+        match L::DOTS {
+            true => level.dots(Columns::<L, R, C, D, AHEAD>(self)),
+            false => level.run(Columns::<L, R, C, D, AHEAD>(self)),
         }
     }
 }
 
-/// A strip of `R` rows, `C` panels at a time, then `D`, then one.
-struct Columns<'a, L, const R: usize, const C: usize, const D: usize, const AHEAD: usize>(&'a Strip<'a, L>);
+/// Which lines a tile asks for: none, those that come 2 kB later, those of the next tile.
+const NEVER: u8 = 0;
+const SOON: u8 = 1;
+const NEXT: u8 = 2;
 
-impl<L: Line, const R: usize, const C: usize, const D: usize, const AHEAD: usize> Task for Columns<'_, L, R, C, D, AHEAD> {
+/// A strip of `R` rows, `C` panels at a time, then `D`, then one.
+struct Columns<'a, L, const R: usize, const C: usize, const D: usize, const AHEAD: u8>(&'a Strip<'a, L>);
+
+impl<L: Factor, const R: usize, const C: usize, const D: usize, const AHEAD: u8> Task for Columns<'_, L, R, C, D, AHEAD> {
     type Out = ();
-    const NARROW: bool = !is_wide(R, C);
-    const WIDE: bool = is_wide(R, C);
+    const NARROW: bool = !Self::WIDE;
+    const WIDE: bool = is_wide(R, C) || AHEAD != NEVER && C == 2;
 
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
@@ -273,11 +301,11 @@ impl<L: Line, const R: usize, const C: usize, const D: usize, const AHEAD: usize
     }
 }
 
-impl<L: Line, const R: usize, const C: usize, const D: usize, const AHEAD: usize> Tiles for Columns<'_, L, R, C, D, AHEAD> {
+impl<L: Factor, const R: usize, const C: usize, const D: usize, const AHEAD: u8> Tiles for Columns<'_, L, R, C, D, AHEAD> {
     #[inline(always)]
     fn tile<I: Isa, const N: usize>(&mut self, isa: I, panel: usize) {
         let &Strip { x, width, place, lines, stride, row, ref panels, ref inputs } = self.0;
-        let first = panel - panels.start;
+        let (first, is_last) = (panel - panels.start, panel + N == panels.end);
         let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
         let rows = &x[..R * width].as_chunks::<R>().0[inputs.clone()];
         let mut panels = [&lines[..0]; N];
@@ -292,7 +320,15 @@ impl<L: Line, const R: usize, const C: usize, const D: usize, const AHEAD: usize
                 }
             }
         }
-        multiply::<I, L, R, N, AHEAD, _>(isa, rows, panels, &mut sums);
+        match AHEAD {
+            NEXT => {
+                // At the end of what the thread reads, this tile itself.
+                let next = panels[0].as_ptr().wrapping_add(if is_last && !place.goes_on() { 0 } else { N * stride });
+                multiply::<I, L, R, N, _>(isa, rows, panels, Next(next.cast()), &mut sums);
+            }
+            SOON => multiply::<I, L, R, N, _>(isa, rows, panels, After::<2048>, &mut sums),
+            _ => multiply::<I, L, R, N, _>(isa, rows, panels, (), &mut sums),
+        }
         for r in 0..R {
             for c in 0..N {
                 // SAFETY: as above.
@@ -308,7 +344,7 @@ struct Widen<'a, L> {
     wide: &'a mut [F32],
 }
 
-impl<L: Line> Task for Widen<'_, L> {
+impl<L: Factor> Task for Widen<'_, L> {
     type Out = ();
 
     #[inline(always)]

@@ -134,7 +134,7 @@ impl<const R: usize, const C: usize, const HALVES: bool> Tiles for Score<'_, '_,
         let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
         match HALVES {
             true => alternate(isa, rows, panels, &mut sums),
-            false => multiply::<I, _, R, N, 0, _>(isa, rows, panels, &mut sums),
+            false => multiply::<I, _, R, N, _>(isa, rows, panels, (), &mut sums),
         }
         for r in 0..R {
             let to = work.scores[(first + r) * work.len + page * PAGE..][..N * PAGE].as_chunks_mut().0;
@@ -311,7 +311,7 @@ impl<const R: usize, const C: usize> Sum<'_, '_, R, C> {
         for c in 1..N {
             panels[c] = values(c);
         }
-        multiply::<I, _, R, N, 0, _>(isa, rows, panels, sums);
+        multiply::<I, _, R, N, _>(isa, rows, panels, (), sums);
     }
 
     /// Adds the values of `positions` to the row of query `r`.

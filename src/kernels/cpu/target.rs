@@ -83,8 +83,9 @@ impl<'a> Target<'a> {
         let panels = self.width.div_ceil(LANES);
         ops.team.run(count * chunks, |i| {
             let (rows, panels) = (part(self.rows, bands.step, count, i / chunks), part(panels, step, chunks, i % chunks));
+            let goes_on = ops.team.goes_on(count * chunks, i);
             if let Then::Write(y) | Then::Peaks(y, _) = &self.then {
-                f(rows.clone(), panels.clone(), &Place::of(y, self.width, self.width));
+                f(rows.clone(), panels.clone(), &Place { goes_on, ..Place::of(y, self.width, self.width) });
                 // SAFETY: bands and parts of the panels do not overlap, so nobody else has these outputs.
                 return unsafe { self.finish(rows, panels) };
             }
@@ -93,7 +94,7 @@ impl<'a> Target<'a> {
                 let panels = panel..panels.end.min(panel + group);
                 local(rows.len() * panels.len(), |own| {
                     let (y, width) = (Shares::new(values(own)), panels.len() * LANES);
-                    f(rows.clone(), panels.clone(), &Place { y: &y, stride: width, width, row: rows.start, panel });
+                    f(rows.clone(), panels.clone(), &Place { y: &y, stride: width, width, row: rows.start, panel, goes_on });
                     // SAFETY: as above.
                     unsafe { self.pass_on(ops.level, rows.clone(), panels, own) };
                 });
@@ -206,17 +207,24 @@ pub(super) struct Place<'a> {
     /// The first row and panel.
     row: usize,
     panel: usize,
+    /// Whether the thread goes on with the panels that follow.
+    goes_on: bool,
 }
 
 impl<'a> Place<'a> {
     /// `width` outputs of each row, `stride` values from one to the next.
     pub(super) fn of(y: &'a Shares<'a, f32>, stride: usize, width: usize) -> Self {
-        Self { y, stride, width, row: 0, panel: 0 }
+        Self { y, stride, width, row: 0, panel: 0, goes_on: false }
     }
 
     /// Panels of outputs.
     pub(super) fn panels(&self) -> usize {
         self.width.div_ceil(LANES)
+    }
+
+    /// Whether the thread that computes these panels goes on with those that follow.
+    pub(super) fn goes_on(&self) -> bool {
+        self.goes_on
     }
 
     /// From a row to the next, in values.

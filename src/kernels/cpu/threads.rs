@@ -1,8 +1,9 @@
 //! The threads of the operations: a team that a pass holds for itself, whose members spin for work while it lasts and sleep afterwards.
 //!
-//! An operation is cut into pieces. Each thread begins with a piece of its own, and then whoever is free takes the next one, so that a
-//! thread which the system has stopped delays its own piece and nothing else. Who has nothing left to do reads ahead what its piece of
-//! the next product begins with. No result depends on who does what, or on how many there are.
+//! An operation is cut into pieces. Each thread has a range of them, neighbours one after another, so that it reads memory in one stream;
+//! who has done its own takes the last of another's, so that a thread which the system has stopped delays one piece and nothing else. Who
+//! finds nothing left reads ahead what its range of the next product begins with. No result depends on who does what, or on how many
+//! there are.
 
 use super::ahead::Ahead;
 use std::{
@@ -24,9 +25,6 @@ const SPIN: Duration = Duration::from_micros(50);
 
 /// How long the others spin for what comes next: longer than a token takes to be chosen greedily.
 const REST: Duration = Duration::from_micros(200);
-
-/// Threads that have a piece of their own, at most.
-const OWN: usize = u64::BITS as usize;
 
 /// Multiply-adds that a piece should have at least: handing over costs some tenths of a microsecond.
 const GRAIN: usize = 1 << 13;
@@ -60,7 +58,8 @@ impl Team {
     }
 
     fn new(threads: usize) -> Self {
-        let shared = Arc::new(Shared { members: threads.min(OWN), ..Shared::default() });
+        let ranges = (0..threads.max(1)).map(|_| Apart::default()).collect();
+        let shared = Arc::new(Shared { ranges, ..Shared::default() });
         let worker = |number| {
             let shared = shared.clone();
             // A thread that the system refuses is one less.
@@ -111,10 +110,16 @@ impl Team {
         (work / GRAIN).clamp(1, self.threads())
     }
 
+    /// Whether a thread that has done piece `i` of `count` goes on with the one after it.
+    pub(super) fn goes_on(&self, count: usize, i: usize) -> bool {
+        (0..self.shared.ranges.len()).all(|thread| self.shared.range(count, thread).end != i + 1)
+    }
+
     /// `f(0)`, `f(1)`, ... for `count` pieces, in any order.
     pub(super) fn run(&self, count: usize, f: impl Fn(usize) + Sync) {
+        let is_one = count < 2 || self.workers.is_empty() || u32::try_from(count).is_err();
         // Only the holder gets as far as the flag, so nobody else can set it in between.
-        if count < 2 || self.workers.is_empty() || !self.is_held() || self.shared.busy.swap(true, Relaxed) {
+        if is_one || !self.is_held() || self.shared.busy.swap(true, Relaxed) {
             return (0..count).for_each(f);
         }
         self.shared.run(count, &f);
@@ -203,12 +208,10 @@ struct Apart<T>(T);
 /// What the members of a team share.
 #[derive(Debug, Default)]
 struct Shared {
-    /// Threads that have a piece of their own: that of their number.
-    members: usize,
-    /// A bit for each own piece that nobody has taken yet.
-    own: Apart<AtomicU64>,
-    /// Pieces that nobody has taken yet, own ones included: the number of the last of them, and one more.
-    open: Apart<AtomicUsize>,
+    /// Of each thread, the pieces that nobody has taken yet: the first in the upper half, the end in the lower.
+    ranges: Box<[Apart<AtomicU64>]>,
+    /// How many operations there were: what is written once in each.
+    turn: Apart<AtomicUsize>,
     /// Pieces that are not done.
     left: Apart<AtomicUsize>,
     ahead: Apart<Ahead>,
@@ -239,7 +242,7 @@ struct Task {
 }
 
 // SAFETY: `task` is written by the holder alone while nothing is left, and read between taking a piece and counting it as done:
-// never at the same time, and `own`, `open` and `left` order the two. What it points to is `Sync`.
+// never at the same time, and `ranges` and `left` order the two. What it points to is `Sync`.
 unsafe impl Sync for Shared {}
 // SAFETY: as above; nothing belongs to a thread.
 unsafe impl Send for Shared {}
@@ -251,14 +254,17 @@ impl Shared {
         // SAFETY: the holder calls this, one operation at a time: nothing is left of the last one, so nobody reads.
         unsafe { *self.task.0.get() = Some(Task { f }) };
         self.left.0.store(count, SeqCst);
-        self.open.0.store(count, SeqCst);
-        self.own.0.store(u64::MAX.unbounded_shr((OWN - count.min(self.members)) as u32), SeqCst);
+        for (thread, own) in self.ranges.iter().enumerate() {
+            let Range { start, end } = self.range(count, thread);
+            own.0.store((start as u64) << 32 | end as u64, SeqCst);
+        }
+        self.turn.0.fetch_add(1, SeqCst);
         if self.asleep.load(SeqCst) > 0 {
             self.call();
         }
         while self.take(0) {}
         let done = || self.left.0.load(Acquire) == 0;
-        self.ahead.0.read(0, done);
+        self.ahead.0.read(0, self.ranges.len(), done);
         if !spin(SPIN, done) {
             let mut calls = lock(&self.calls);
             self.waiting.store(true, SeqCst);
@@ -274,39 +280,26 @@ impl Shared {
         }
     }
 
-    /// Whether there may be a piece that nobody has taken.
-    fn is_open(&self) -> bool {
-        self.own.0.load(SeqCst) > 0 || self.open.0.load(SeqCst) > self.members
+    /// The pieces of `count` that are a thread's.
+    fn range(&self, count: usize, thread: usize) -> Range<usize> {
+        part(count, 1, self.ranges.len(), thread)
     }
 
-    /// Takes the own piece of a thread.
-    fn own(&self, thread: usize) -> Option<usize> {
-        let bit = 1u64.checked_shl(thread as u32)?;
-        (self.own.0.load(Relaxed) & bit > 0 && self.own.0.fetch_and(!bit, AcqRel) & bit > 0).then_some(thread)
-    }
-
-    /// Takes a piece that is nobody's own.
-    fn open(&self) -> Option<usize> {
-        let taken = self.open.0.fetch_update(AcqRel, Relaxed, |open| (open > self.members).then(|| open - 1));
-        taken.ok().map(|open| open - 1)
-    }
-
-    /// Takes the own piece of a thread that has not come for it.
-    fn others(&self) -> Option<usize> {
-        loop {
-            let left = self.own.0.load(Relaxed);
-            if left == 0 {
-                return None;
-            }
-            if let Some(piece) = self.own(left.trailing_zeros() as usize) {
-                return Some(piece);
-            }
-        }
+    /// Takes the first piece of a thread's range, or the last.
+    fn piece(&self, thread: usize, first: bool) -> Option<usize> {
+        let split = |range: u64| [range >> 32, range & u64::from(u32::MAX)];
+        let taken = self.ranges[thread].0.fetch_update(AcqRel, Relaxed, |range| {
+            let [start, end] = split(range);
+            (start < end).then(|| if first { range + (1 << 32) } else { range - 1 })
+        });
+        let [start, end] = split(taken.ok()?);
+        Some(if first { start } else { end - 1 } as usize)
     }
 
     /// Does a piece, if there is one.
     fn take(&self, thread: usize) -> bool {
-        let Some(piece) = self.own(thread).or_else(|| self.open()).or_else(|| self.others()) else { return false };
+        let others = || (1..self.ranges.len()).find_map(|i| self.piece((thread + i) % self.ranges.len(), false));
+        let Some(piece) = self.piece(thread, true).or_else(others) else { return false };
         // SAFETY: a piece was taken and is not done, so the task is that of the piece and stays.
         if let Some(Task { f }) = unsafe { *self.task.0.get() } {
             // SAFETY: as above, and so what it points to is alive.
@@ -325,15 +318,17 @@ impl Shared {
     /// What a worker does all its life.
     fn serve(&self, thread: usize) {
         while !self.ending.load(SeqCst) {
+            let turn = self.turn.0.load(SeqCst);
             if self.take(thread) {
                 continue;
             }
-            self.ahead.0.read(thread, || self.is_open());
-            if !spin(REST, || self.is_open()) {
+            let is_open = || self.turn.0.load(SeqCst) != turn;
+            self.ahead.0.read(thread, self.ranges.len(), is_open);
+            if !spin(REST, is_open) {
                 let mut calls = lock(&self.calls);
                 let heard = *calls;
                 self.asleep.fetch_add(1, SeqCst);
-                while *calls == heard && !self.is_open() && !self.ending.load(SeqCst) {
+                while *calls == heard && !is_open() && !self.ending.load(SeqCst) {
                     calls = self.alarm.wait(calls).unwrap_or_else(PoisonError::into_inner);
                 }
                 self.asleep.fetch_sub(1, SeqCst);
@@ -435,7 +430,7 @@ mod tests {
 
     #[test]
     fn every_piece_is_done_once() {
-        for threads in [1, 2, 5, OWN + 6] {
+        for threads in [1, 2, 5, 70] {
             let team = Team::new(threads);
             assert_eq!(team.threads(), threads);
             team.hold(|| {
@@ -446,6 +441,17 @@ mod tests {
                 }
             });
         }
+    }
+
+    #[test]
+    fn a_thread_has_neighbours_until_its_range_ends() {
+        let team = Team::new(3);
+        let ends = |count: usize| (0..count).filter(|&i| !team.goes_on(count, i)).collect::<Vec<_>>();
+        assert_eq!([ends(9), ends(4), ends(2), ends(1)], [vec![2, 5, 8], vec![0, 1, 3], vec![0, 1], vec![0]]);
+        // Of its own, without the others, a thread does all in order.
+        let order = Mutex::new(Vec::new());
+        Team::new(1).hold(|| Team::new(1).run(5, |i| lock(&order).push(i)));
+        assert_eq!(*lock(&order), [0, 1, 2, 3, 4]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Every output is accumulated alone, inputs ascending, with one fused multiply-add each, starting from its own sum. So its bits depend
 //! neither on the shape of the tile nor on where a long product is cut.
 
-use super::{isa::Isa, line::Line};
+use super::{isa::Isa, line::Factor};
 use std::ops::Range;
 
 /// Sums of `R` rows with `C` panels, in registers.
@@ -77,13 +77,57 @@ impl<const R: usize> Rows<R> for &[[f32; R]] {
     }
 }
 
-/// Adds to `sums` the products of rows with panels, all of as many inputs as the rows have. Lines are asked for `AHEAD` bytes before they
-/// are needed, if that is not 0.
+/// What a tile asks the memory for before it is needed.
+pub(super) trait Fetch: Copy {
+    /// Asks for as much as the lines `i` of all panels are.
+    fn fetch<I: Isa, P, const C: usize>(self, isa: I, panels: &[&[P]; C], i: usize);
+}
+
+/// Nothing.
+impl Fetch for () {
+    #[inline(always)]
+    fn fetch<I: Isa, P, const C: usize>(self, _: I, _: &[&[P]; C], _: usize) {}
+}
+
+/// So many bytes after each of them.
+#[derive(Clone, Copy)]
+pub(super) struct After<const BYTES: usize>;
+
+impl<const BYTES: usize> Fetch for After<BYTES> {
+    #[inline(always)]
+    fn fetch<I: Isa, P, const C: usize>(self, isa: I, panels: &[&[P]; C], i: usize) {
+        for panel in panels {
+            lines(isa, (&raw const panel[i]).cast::<u8>().wrapping_add(BYTES), size_of::<P>());
+        }
+    }
+}
+
+/// What lies here, in one stream.
+#[derive(Clone, Copy)]
+pub(super) struct Next(pub *const u8);
+
+impl Fetch for Next {
+    #[inline(always)]
+    fn fetch<I: Isa, P, const C: usize>(self, isa: I, _: &[&[P]; C], i: usize) {
+        let bytes = C * size_of::<P>();
+        lines(isa, self.0.wrapping_add(i * bytes), bytes);
+    }
+}
+
 #[inline(always)]
-pub(super) fn multiply<I: Isa, L: Line, const R: usize, const C: usize, const AHEAD: usize, X: Rows<R>>(
+fn lines<I: Isa>(isa: I, from: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(64) {
+        isa.prefetch(from.wrapping_add(line));
+    }
+}
+
+/// Adds to `sums` the products of rows with panels, all of as many inputs as the rows have.
+#[inline(always)]
+pub(super) fn multiply<I: Isa, L: Factor, const R: usize, const C: usize, X: Rows<R>>(
     isa: I,
     rows: X,
     panels: [&[L]; C],
+    fetch: impl Fetch,
     sums: &mut Sums<I, R, C>,
 ) {
     // Loops, not closures: those would be compiled for the baseline where they are not inlined.
@@ -100,15 +144,7 @@ pub(super) fn multiply<I: Isa, L: Line, const R: usize, const C: usize, const AH
     }
     let twos = rows.pairs(count);
     for i in 0..count {
-        if AHEAD > 0 {
-            for pairs in &pairs {
-                let from = (&raw const pairs[i]).cast::<u8>().wrapping_add(AHEAD);
-                isa.prefetch(from);
-                if size_of::<L::Pair>() > 64 {
-                    isa.prefetch(from.wrapping_add(64));
-                }
-            }
-        }
+        fetch.fetch(isa, &pairs, i);
         for input in 0..2 {
             let mut lines = [L::widen(&pairs[0][i], input, isa); C];
             for c in 1..C {
@@ -116,7 +152,7 @@ pub(super) fn multiply<I: Isa, L: Line, const R: usize, const C: usize, const AH
             }
             for r in 0..R {
                 for c in 0..C {
-                    sums[r][c] = isa.mul_add(lines[c], X::get(&twos, i, input, r), sums[r][c]);
+                    sums[r][c] = L::add(isa, lines[c], X::get(&twos, i, input, r), sums[r][c]);
                 }
             }
         }
@@ -126,7 +162,7 @@ pub(super) fn multiply<I: Isa, L: Line, const R: usize, const C: usize, const AH
             if let Some(line) = rests[c].first() {
                 let line = line.first(isa);
                 for r in 0..R {
-                    sums[r][c] = isa.mul_add(line, rows.last(r), sums[r][c]);
+                    sums[r][c] = L::add(isa, line, rows.last(r), sums[r][c]);
                 }
             }
         }

@@ -127,17 +127,12 @@ impl<const BF16: bool> Isa for Avx512<BF16> {
     }
 
     #[inline(always)]
-    fn dot(self, pairs: &[u16; 2 * LANES], x: [u16; 2], sum: __m512) -> __m512 {
+    fn dot(self, pairs: __m512, x: f32, sum: __m512) -> __m512 {
         if !BF16 {
             return dot(self, pairs, x, sum);
         }
-        let x = (u32::from(x[1]) << 16 | u32::from(x[0])).cast_signed();
-        // SAFETY: AVX-512 F and BF16 are there, as `Avx512::<true>` is; the load of 32 values is the array and needs no alignment; both
-        // types are 64 bytes without invalid values.
-        unsafe {
-            let (pairs, x) = (_mm512_loadu_si512(pairs.as_ptr().cast()), _mm512_set1_epi32(x));
-            _mm512_dpbf16_ps(sum, transmute::<__m512i, __m512bh>(pairs), transmute::<__m512i, __m512bh>(x))
-        }
+        // SAFETY: AVX-512 F and BF16 are there, as `Avx512::<true>` is; both types are 64 bytes without invalid values.
+        unsafe { _mm512_dpbf16_ps(sum, transmute::<__m512, __m512bh>(pairs), transmute::<__m512, __m512bh>(_mm512_set1_ps(x))) }
     }
 
     #[inline(always)]
