@@ -16,7 +16,7 @@ use std::{
 pub(super) const MOST: usize = 256 << 10;
 
 /// Panels that are read side by side, as by tiles.
-const SIDE: usize = 2;
+const SIDE: usize = 4;
 
 const LINE: usize = 64;
 
@@ -122,12 +122,12 @@ mod tests {
 
     #[test]
     fn a_thread_reads_the_beginning_of_its_range() {
-        // 24 panels of 640 bytes in 6 pieces, two for each of three threads: each line once, two panels side by side.
+        // 24 panels of 640 bytes in 6 pieces, two for each of three threads: each line once, four panels side by side.
         let whole = stream([1 << 20, 640, 24, 6, 2]);
         for thread in 0..3 {
             let mut lines = lines(&whole, thread, 3);
             let first = (1 << 20) + thread * 8 * 640;
-            assert_eq!(lines[..3], [first, first + 640, first + LINE]);
+            assert_eq!(lines[..5], [first, first + 640, first + 2 * 640, first + 3 * 640, first + LINE]);
             lines.sort_unstable();
             assert!(lines.into_iter().eq((0..8 * 640 / LINE).map(|line| first + line * LINE)));
         }
@@ -159,8 +159,8 @@ mod tests {
             ahead.read(0, 1, || left.replace(left.get().saturating_sub(1)) == 0);
             most - left.get()
         };
-        assert_eq!([steps(5), steps(100), steps(100)], [5, 36, 1], "40 steps and a look after the last");
+        assert_eq!([steps(5), steps(100), steps(100)], [5, 16, 1], "20 steps and a look after the last");
         ahead.set(&stream([0, 640, 8, 1, 2]));
-        assert_eq!(steps(100), 41, "anew");
+        assert_eq!(steps(100), 21, "anew");
     }
 }

@@ -171,6 +171,17 @@ impl Level {
         self.0 >= Instructions::Avx512
     }
 
+    /// Whether memory is read best in one stream: by wide vectors of AMD's (Zen 5). Intel's (Sapphire Rapids) want several.
+    pub(super) fn is_one_stream(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        {
+            static IS_AMD: LazyLock<bool> = LazyLock::new(x86::is_amd);
+            self.is_wide() && *IS_AMD
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
     /// What it is.
     pub(super) fn instructions(self) -> Instructions {
         self.0

@@ -234,9 +234,9 @@ impl<L: Factor> Product<'_, L> {
         for row in band.clone().step_by(ROWS) {
             let x = &self.x[row * self.inputs..];
             let strip = Strip { x, width: self.inputs, place, lines, stride, row, panels: panels.clone(), inputs: inputs.clone() };
-            match (band.len() <= ROWS, self.level.is_wide()) {
-                (true, true) => tiled!(self.level, band.end - row, strip.stream(self.level)),
-                (is_read_once, _) => tiled!(self.level, band.end - row, strip.run(self.level, is_read_once)),
+            match band.len() <= ROWS {
+                true if self.level.is_one_stream() => tiled!(self.level, band.end - row, strip.stream(self.level)),
+                few => tiled!(self.level, band.end - row, strip.run(self.level, few)),
             }
         }
     }
@@ -258,15 +258,15 @@ struct Strip<'a, L> {
 
 impl<L: Factor> Strip<'_, L> {
     fn run<const R: usize, const C: usize, const D: usize>(&self, level: Level, is_read_once: bool) {
-        // Where lines that are read once come in one stream, the processor does not look far enough ahead.
-        match is_read_once && C == 1 {
+        // Lines that are read once: where they come in one stream, or vectors are wide, the processor does not look far enough ahead.
+        match is_read_once && (C == 1 || level.is_wide()) {
             true => self.columns::<R, C, D, SOON>(level),
             false => self.columns::<R, C, D, NEVER>(level),
         }
     }
 
-    /// Of lines that are read once, by wide vectors: as few panels at a time as keep them busy, and those that follow are asked for in the
-    /// order in which they lie, as memory is read best in one stream. If that many fit into the cache.
+    /// The same where memory is read best in one stream: as few panels at a time as keep wide vectors busy, and those that follow are asked
+    /// for in the order in which they lie, if that many fit into the cache.
     fn stream<const R: usize, const C: usize, const D: usize>(&self, level: Level) {
         match 2 * self.stride * size_of::<L>() <= ahead::MOST {
             true => self.columns::<R, 2, 1, NEXT>(level),

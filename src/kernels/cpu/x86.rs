@@ -21,6 +21,12 @@ pub(super) fn avx512bf16<T: Task>(task: T) -> T::Out {
     task.run(Avx512::<true>(()))
 }
 
+/// Whether AMD made the processor.
+pub(super) fn is_amd() -> bool {
+    let id = __cpuid(0);
+    [id.ebx, id.edx, id.ecx].map(u32::to_le_bytes).as_flattened() == b"AuthenticAMD"
+}
+
 /// Made only where AVX2, FMA and F16C are enabled.
 #[derive(Clone, Copy)]
 struct Avx2(());
