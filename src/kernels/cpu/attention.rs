@@ -5,7 +5,7 @@
 
 use super::{
     CpuOps,
-    isa::{Isa, Task},
+    isa::{Instructions, Isa, Task},
     line::LANES,
     math,
     span::Work,
@@ -265,9 +265,10 @@ impl Job<'_> {
         queries.extend(self.tokens.clone().flat_map(|token| self.queries_of(token, &span)));
         scores.resize(scores.len().max(queries.len() * len), 0.0);
         let mut work = Work { job: self, start, len, queries, scores, part };
-        match ops.halves {
-            true => work.run_in_halves(ops.level),
-            false => work.run(ops.level),
+        match (ops.halves, ops.level.instructions()) {
+            (true, Instructions::Avx512Bf16) => work.run_in_dots(ops.level),
+            (true, _) => work.run_in_halves(ops.level),
+            (false, _) => work.run(ops.level),
         }
     }
 
@@ -508,7 +509,7 @@ mod tests {
             case.level = Level::PORTABLE;
             let expected = case.feed(&tokens, &[count]);
             for level in vectorised() {
-                // Which sums in an order of its own, and never attends in bf16.
+                // Which sums in an order of its own.
                 if case.halves && level.instructions() == Instructions::Avx512Bf16 {
                     continue;
                 }

@@ -1,5 +1,5 @@
 //! One span of an attention in bf16 arithmetic: queries, keys, values and weights are bf16, the products are those of [`super::brains`]
-//! in AMX's order, and everything else is as in f32.
+//! in AMX's order, and everything else is as in f32. AVX-512 BF16 has its own ([`super::dots`]).
 //!
 //! Positions that a query does not see have the weight 0, so its sums are the same beside queries that see more, as long as the values
 //! there are numbers: infinity times 0 is none.
@@ -65,7 +65,7 @@ impl Work<'_> {
     }
 
     /// Makes the weights of all queries 0 on pages of which they see nothing.
-    fn hide(&mut self, positions: &Range<usize>) {
+    pub fn hide(&mut self, positions: &Range<usize>) {
         for (query, weights) in self.queries.iter().zip(self.scores.chunks_mut(self.len)) {
             let seen = query.seen.start / PAGE * PAGE..query.seen.end.next_multiple_of(PAGE);
             let seen = if query.seen.is_empty() { positions.end..positions.end } else { seen };
@@ -215,7 +215,7 @@ fn both<I: Isa, const R: usize, const C: usize>(isa: I, even: Sums<I, R, C>, odd
 }
 
 /// The values of a page that are written; of others it may hold anything.
-fn written<'a>(job: &Job<'a>, page: usize, panel: usize) -> &'a [F32] {
+pub(super) fn written<'a>(job: &Job<'a>, page: usize, panel: usize) -> &'a [F32] {
     let count = job.row.len().saturating_sub(page * PAGE).min(PAGE);
     &job.row.store.page(page).values(job.layer, job.head, panel)[..count]
 }
@@ -230,26 +230,15 @@ impl Task for Pair<'_> {
     type Out = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, _: I) {
+    fn run<I: Isa>(self, isa: I) {
         let (twos, last) = self.from.as_chunks();
         let (to, rest) = self.to.split_at_mut(twos.len());
-        for (to, two) in to.iter_mut().zip(twos) {
-            *to = pair(two);
+        for (to, [first, second]) in to.iter_mut().zip(twos) {
+            isa.store(isa.couple(isa.load(&first.0), isa.load(&second.0)), &mut to.0);
         }
         rest.fill(F32::ZERO);
         if let ([to, ..], [last]) = (rest, last) {
-            *to = pair(&[*last, F32::ZERO]);
+            isa.store(isa.couple(isa.load(&last.0), isa.load(&F32::ZERO.0)), &mut to.0);
         }
     }
-}
-
-#[inline(always)]
-fn pair([first, second]: &[F32; 2]) -> F32 {
-    let mut line = F32::ZERO;
-    for lane in 0..LANES {
-        let [first, second] = [first.0[lane].to_bits(), second.0[lane].to_bits()];
-        let [low, high] = if cfg!(target_endian = "little") { [first, second] } else { [second, first] };
-        line.0[lane] = f32::from_bits(low >> 16 | high & 0xffff_0000);
-    }
-    line
 }

@@ -69,6 +69,18 @@ pub(crate) trait Isa: Copy {
     fn dot(self, pairs: Self::Lanes, x: f32, sum: Self::Lanes) -> Self::Lanes {
         dot(self, pairs, x, sum)
     }
+    /// Lays bf16 values, held as f32, together two by two, as [`Self::dot`] takes them.
+    #[inline(always)]
+    fn couple(self, first: Self::Lanes, second: Self::Lanes) -> Self::Lanes {
+        let mut values = [[0.0; LANES]; 2];
+        self.store(first, &mut values[0]);
+        self.store(second, &mut values[1]);
+        let mut pairs = [0.0; LANES];
+        for lane in 0..LANES {
+            pairs[lane] = one([values[0][lane], values[1][lane]]);
+        }
+        self.load(&pairs)
+    }
     /// Asks for a cache line that is read soon. Any address will do.
     fn prefetch(self, from: *const u8);
 }
@@ -91,6 +103,13 @@ pub(super) fn dot<I: Isa>(isa: I, pairs: I::Lanes, x: f32, sum: I::Lanes) -> I::
 fn two(value: f32) -> [f32; 2] {
     let [a, b, c, d] = value.to_ne_bytes();
     [[a, b], [c, d]].map(|bytes| bf16::from_ne_bytes(bytes).to_f32())
+}
+
+/// [`two`] bf16 values as one.
+#[inline(always)]
+pub(super) fn one(values: [f32; 2]) -> f32 {
+    let [[a, b], [c, d]] = values.map(|value| ((value.to_bits() >> 16) as u16).to_ne_bytes());
+    f32::from_ne_bytes([a, b, c, d])
 }
 
 /// Asks for a cache line, into the second-level cache, that is read later. Any address will do.

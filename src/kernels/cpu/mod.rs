@@ -8,6 +8,7 @@ mod amx;
 mod arena;
 mod attention;
 mod brains;
+mod dots;
 mod halves;
 mod inputs;
 mod isa;
@@ -64,7 +65,7 @@ pub(crate) struct CpuOps {
     pages: Arc<Scratch>,
     /// Positions whose softmax is computed at once.
     span: usize,
-    /// Whether attention multiplies bf16: where products do, and there are tiles for it; by vectors f32 is faster.
+    /// Whether attention multiplies bf16: where products do, and the processor can; otherwise f32 is faster.
     halves: bool,
 }
 
@@ -88,7 +89,7 @@ impl CpuOps {
         Self {
             dtype,
             level,
-            halves: dtype == DType::BF16 && level.instructions() == Instructions::Amx,
+            halves: dtype == DType::BF16 && level.instructions() >= Instructions::Avx512Bf16,
             team,
             weights: Arc::default(),
             scratch: Scratch::new(),

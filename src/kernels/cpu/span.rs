@@ -34,22 +34,43 @@ const GROUP: usize = 4;
 impl Work<'_> {
     pub fn run(&mut self, level: Level) {
         self.reset();
-        let (count, dims) = (self.queries.len(), self.job.dims());
+        let count = self.queries.len();
         let strips = (0..count).step_by(ROWS).map(|first| (first, ROWS.min(count - first)));
-        // Few queries read everything once.
-        let (pages, panels) = (self.len / PAGE, dims / LANES);
-        let (group, together) = if self.is_read_once() { (pages, panels) } else { (GROUP, if level.is_wide() { 4 } else { 1 }) };
-        for page in (0..pages).step_by(group.max(1)) {
+        let [groups, panels] = self.groups(level);
+        for pages in groups {
             for (first, rows) in strips.clone() {
-                tiled!(level, rows, self.score(level, first, page..pages.min(page + group)));
+                tiled!(level, rows, self.score(level, first, pages.clone()));
             }
         }
         level.run(Soften(self));
-        for panel in (0..panels).step_by(together) {
+        for panels in panels {
             for (first, rows) in strips.clone() {
-                tiled!(level, rows, self.sum(level, first, panel..panels.min(panel + together)));
+                tiled!(level, rows, self.sum(level, first, panels.clone()));
             }
         }
+    }
+
+    /// The pages of the span, and the panels of values, that all queries pass by together.
+    pub fn groups(&self, level: Level) -> [impl Iterator<Item = Range<usize>> + use<>; 2] {
+        // Few queries read everything once.
+        let (pages, panels) = (self.len / PAGE, self.job.dims() / LANES);
+        let (group, together) = if self.is_read_once() { (pages, panels) } else { (GROUP, if level.is_wide() { 4 } else { 1 }) };
+        [(pages, group), (panels, together)].map(|(all, size)| {
+            let size = size.max(1);
+            (0..all).step_by(size).map(move |first| first..all.min(first + size))
+        })
+    }
+
+    /// The pages that some queries see something of.
+    #[inline(always)]
+    pub fn pages(&self, queries: Range<usize>) -> Range<usize> {
+        let (mut start, mut end) = (self.len, 0);
+        for query in &self.queries[queries] {
+            if !query.seen.is_empty() {
+                (start, end) = (start.min(query.seen.start), end.max(query.seen.end));
+            }
+        }
+        start / PAGE..end.div_ceil(PAGE)
     }
 
     /// The outcome of no position.
@@ -104,13 +125,8 @@ impl<const R: usize, const C: usize, const HALVES: bool> Task for Score<'_, '_, 
 
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
-        let (mut start, mut end) = (self.work.len, 0);
-        for query in &self.work.queries[self.first..self.first + R] {
-            if !query.seen.is_empty() {
-                (start, end) = (start.min(query.seen.start), end.max(query.seen.end));
-            }
-        }
-        self.pages = self.pages.start.max(start / PAGE)..self.pages.end.min(end.div_ceil(PAGE));
+        let seen = self.work.pages(self.first..self.first + R);
+        self.pages = self.pages.start.max(seen.start)..self.pages.end.min(seen.end);
         self.work.ask(isa, &self.pages, self.pages.start, C);
         self.walk::<I, C, 1>(isa, self.pages.clone());
     }

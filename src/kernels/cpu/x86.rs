@@ -142,6 +142,16 @@ impl<const BF16: bool> Isa for Avx512<BF16> {
     }
 
     #[inline(always)]
+    fn couple(self, first: __m512, second: __m512) -> __m512 {
+        // SAFETY: AVX-512 F is there, as `Avx512` is.
+        unsafe {
+            let first = _mm512_srli_epi32::<16>(_mm512_castps_si512(first));
+            let second = _mm512_and_si512(_mm512_castps_si512(second), _mm512_set1_epi32(!0xffff));
+            _mm512_castsi512_ps(_mm512_or_si512(first, second))
+        }
+    }
+
+    #[inline(always)]
     fn prefetch(self, from: *const u8) {
         // SAFETY: SSE is part of the baseline, and a prefetch of any address does no harm.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }

@@ -1,0 +1,200 @@
+//! One span of an attention in bf16 arithmetic by AVX-512 BF16: queries, keys, values and weights are bf16, products are summed pair after
+//! pair, of dimensions and then of positions, and everything else is as in f32.
+//!
+//! Positions that a query does not see have the weight 0, so its sums are the same beside queries that see more, as long as the values
+//! there are numbers: infinity times 0 is none.
+
+use super::{
+    halves::written,
+    inputs::round,
+    isa::{Isa, Level, Task},
+    line::{F32, LANES},
+    scratch::{halves, local, values},
+    span::{Soften, Work},
+    tile::{ROWS, Sums, Tiles, is_wide, tiled},
+};
+use crate::cache::PAGE;
+use std::ops::Range;
+
+impl Work<'_> {
+    /// As [`Self::run`], of queries, keys and values that are rounded to bf16.
+    pub fn run_in_dots(&mut self, level: Level) {
+        self.reset();
+        let (count, job) = (self.queries.len(), self.job);
+        let strips = (0..count).step_by(ROWS).map(|first| (first, ROWS.min(count - first)));
+        let [groups, panels] = self.groups(level);
+        let lines = job.attention.head_dim.div_ceil(2 * LANES);
+        local(count * lines, |own| {
+            let to = halves(own).chunks_exact_mut(lines * 2 * LANES);
+            to.zip(self.queries).for_each(|(to, query)| round(level, job.values_of(query), to));
+            let queries = values(own);
+            for pages in groups {
+                for (first, rows) in strips.clone() {
+                    tiled!(level, rows, self.score_dots(level, first, pages.clone(), queries));
+                }
+            }
+        });
+        level.run(Soften(self));
+        self.hide(&(0..self.len));
+        self.couple(level);
+        for panels in panels {
+            for (first, rows) in strips.clone() {
+                tiled!(level, rows, self.sum_dots(level, first, panels.clone()));
+            }
+        }
+    }
+
+    /// Lays the weights of each query together two by two, from its first on.
+    fn couple(&mut self, level: Level) {
+        let len = self.len;
+        local(len.div_ceil(2 * LANES), |own| {
+            for weights in self.scores.chunks_exact_mut(len).take(self.queries.len()) {
+                round(level, weights, &mut halves(own)[..len]);
+                weights[..len / 2].copy_from_slice(&values(own)[..len / 2]);
+            }
+        });
+    }
+
+    fn score_dots<const R: usize, const C: usize, const D: usize>(
+        &mut self,
+        level: Level,
+        first: usize,
+        pages: Range<usize>,
+        queries: &[f32],
+    ) {
+        level.dots(Score::<R, C> { work: self, first, pages, queries });
+    }
+
+    fn sum_dots<const R: usize, const C: usize, const D: usize>(&mut self, level: Level, first: usize, panels: Range<usize>) {
+        let pages = self.pages(first..first + R);
+        level.dots(Sum::<R, C> { work: self, first, panels, pages });
+    }
+}
+
+/// The products of `R` queries with the keys of pages that one of them sees.
+struct Score<'a, 'b, const R: usize, const C: usize> {
+    work: &'a mut Work<'b>,
+    first: usize,
+    pages: Range<usize>,
+    /// Of all queries, pairs of dimensions, in whole lines.
+    queries: &'a [f32],
+}
+
+impl<const R: usize, const C: usize> Task for Score<'_, '_, R, C> {
+    type Out = ();
+    const NARROW: bool = !is_wide(R, C);
+    const WIDE: bool = is_wide(R, C);
+
+    #[inline(always)]
+    fn run<I: Isa>(mut self, isa: I) {
+        let seen = self.work.pages(self.first..self.first + R);
+        self.pages = self.pages.start.max(seen.start)..self.pages.end.min(seen.end);
+        self.work.ask(isa, &self.pages, self.pages.start, C);
+        self.walk::<I, C, 1>(isa, self.pages.clone());
+    }
+}
+
+impl<const R: usize, const C: usize> Tiles for Score<'_, '_, R, C> {
+    #[inline(always)]
+    fn tile<I: Isa, const N: usize>(&mut self, isa: I, page: usize) {
+        self.work.ask(isa, &self.pages, page + N, N);
+        let (work, first) = (&mut *self.work, self.first);
+        let (job, width) = (work.job, self.queries.len() / work.queries.len());
+        let mut rows = [&self.queries[first * width..][..width]; R];
+        for r in 1..R {
+            rows[r] = &self.queries[(first + r) * width..][..width];
+        }
+        let keys = |c| &job.row.store.page(work.start / PAGE + page + c).keys(job.layer, job.head)[..job.attention.head_dim];
+        let mut panels = [keys(0); N];
+        for c in 1..N {
+            panels[c] = keys(c);
+        }
+        let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
+        dots(isa, rows, panels, &mut sums);
+        for r in 0..R {
+            let to = work.scores[(first + r) * work.len + page * PAGE..][..N * PAGE].as_chunks_mut().0;
+            for c in 0..N {
+                isa.store(sums[r][c], &mut to[c]);
+            }
+        }
+    }
+}
+
+/// The sums of the values of pages that one of `R` queries sees, with their weights.
+struct Sum<'a, 'b, const R: usize, const C: usize> {
+    work: &'a mut Work<'b>,
+    first: usize,
+    panels: Range<usize>,
+    pages: Range<usize>,
+}
+
+impl<const R: usize, const C: usize> Task for Sum<'_, '_, R, C> {
+    type Out = ();
+    const NARROW: bool = !is_wide(R, C);
+    const WIDE: bool = is_wide(R, C);
+
+    #[inline(always)]
+    fn run<I: Isa>(mut self, isa: I) {
+        self.walk::<I, C, 1>(isa, self.panels.clone());
+    }
+}
+
+impl<const R: usize, const C: usize> Tiles for Sum<'_, '_, R, C> {
+    #[inline(always)]
+    fn tile<I: Isa, const N: usize>(&mut self, isa: I, panel: usize) {
+        let (work, first) = (&mut *self.work, self.first);
+        let (job, stride) = (work.job, work.job.stride());
+        let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
+        for page in self.pages.clone() {
+            let mut rows = [&[][..]; R];
+            for r in 0..R {
+                rows[r] = &work.scores[(first + r) * work.len + page * (PAGE / 2)..][..PAGE / 2];
+            }
+            let mut panels = [written(job, work.start / PAGE + page, panel); N];
+            for c in 1..N {
+                panels[c] = written(job, work.start / PAGE + page, panel + c);
+            }
+            dots(isa, rows, panels, &mut sums);
+        }
+        for r in 0..R {
+            let to = work.part[(first + r) * stride + panel * LANES..][..N * LANES].as_chunks_mut().0;
+            for c in 0..N {
+                isa.store(sums[r][c], &mut to[c]);
+            }
+        }
+    }
+}
+
+/// Adds the products of rows of pairs with panels of bf16 values, held as f32.
+#[inline(always)]
+fn dots<I: Isa, const R: usize, const C: usize>(isa: I, rows: [&[f32]; R], panels: [&[F32]; C], sums: &mut Sums<I, R, C>) {
+    // Loops, not closures: those would be compiled for the baseline where they are not inlined.
+    let (mut twos, count) = ([panels[0].as_chunks::<2>().0; C], panels[0].len());
+    for c in 0..C {
+        twos[c] = &panels[c].as_chunks().0[..count / 2];
+    }
+    let mut pairs = rows;
+    for r in 0..R {
+        pairs[r] = &rows[r][..count / 2];
+    }
+    for i in 0..count / 2 {
+        let mut lines = [isa.load(&[0.0; LANES]); C];
+        for c in 0..C {
+            let [first, second] = &twos[c][i];
+            lines[c] = isa.couple(isa.load(&first.0), isa.load(&second.0));
+        }
+        for r in 0..R {
+            for c in 0..C {
+                sums[r][c] = isa.dot(lines[c], pairs[r][i], sums[r][c]);
+            }
+        }
+    }
+    if !count.is_multiple_of(2) {
+        for c in 0..C {
+            let line = isa.couple(isa.load(&panels[c][count - 1].0), isa.load(&[0.0; LANES]));
+            for r in 0..R {
+                sums[r][c] = isa.dot(line, rows[r][count / 2], sums[r][c]);
+            }
+        }
+    }
+}
