@@ -64,7 +64,7 @@ pub fn exact() -> bool {
     place().is_cpu()
 }
 
-/// Whether the instructions have an arithmetic of their own: the order of AVX-512 BF16, or AMX's attention in bf16.
+/// Whether the instructions have an arithmetic of their own: attention in bf16, and with AVX-512 BF16 its order of sums.
 pub fn own_order() -> bool {
     let best = Instructions::best();
     dtype() == DType::BF16 && instructions().map_or(best, |most| most.min(best)) >= Instructions::Avx512Bf16

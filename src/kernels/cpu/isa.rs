@@ -125,8 +125,8 @@ pub(super) fn prefetch(from: usize) {
 
 /// The instructions that kernels may use, each kind with all before it.
 ///
-/// The results are the same bits with each, but for bf16 arithmetic with [`Instructions::Avx512Bf16`], which sums in an order of its own,
-/// and with [`Instructions::Amx`], whose attention is in bf16, too.
+/// The results are the same bits with each, but for bf16 arithmetic with [`Instructions::Avx512Bf16`] and [`Instructions::Amx`]: attention
+/// is in bf16 there, too, and the first sums in an order of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Instructions {
