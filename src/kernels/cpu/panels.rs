@@ -268,9 +268,12 @@ impl<L: Factor> Strip<'_, L> {
     /// The same where memory is read best in one stream: as few panels at a time as keep wide vectors busy, and those that follow are asked
     /// for in the order in which they lie, if that many fit into the cache.
     fn stream<const R: usize, const C: usize, const D: usize>(&self, level: Level) {
-        match 2 * self.stride * size_of::<L>() <= ahead::MOST {
+        // Of several rows twice the first-level cache: past that four panels side by side are faster.
+        let most = if R == 1 { ahead::MOST } else { 96 << 10 };
+        match 2 * self.stride * size_of::<L>() <= most {
             true => self.columns::<R, 2, 1, NEXT>(level),
-            false => self.columns::<R, 2, 1, SOON>(level),
+            false if R == 1 => self.columns::<R, 2, 1, SOON>(level),
+            false => self.run::<R, C, D>(level, true),
         }
     }
 
