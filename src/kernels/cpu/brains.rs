@@ -10,7 +10,7 @@ use super::{
     inputs::{self, Form, Inputs},
     isa::{Isa, Level, Task},
     line::{BLOCK, Bf16, Dots, LANES},
-    panels,
+    product,
     scratch::{halves, local, values},
     target::{Bands, Place, Target},
     tile::{ROWS, Sums, Tiles, is_wide, tiled},
@@ -112,7 +112,7 @@ impl Unit {
             Self::Vectors => Product { level: ops.level, x: x.wide(), depth, lines }.fill(ops, target),
             Self::Pairs => {
                 let pairs = depth / 2;
-                panels::Product { level: ops.level, lines: Dots::of(lines), stride: pairs, inputs: pairs, x: x.wide() }.fill(ops, target);
+                product::Product { level: ops.level, lines: Dots::of(lines), stride: pairs, inputs: pairs, x: x.wide() }.fill(ops, target);
             }
             #[cfg(target_arch = "x86_64")]
             Self::Tiles(amx) => {

@@ -17,6 +17,7 @@ mod math;
 mod panels;
 mod peaks;
 mod pointwise;
+mod product;
 mod rope;
 pub(crate) mod scratch;
 mod span;

@@ -1,0 +1,216 @@
+//! Products by vectors: rows in strips times panels of any type, inputs ascending.
+
+use super::{
+    CpuOps, ahead,
+    isa::{Isa, Level, Task},
+    line::{F32, Factor, LANES},
+    scratch::local,
+    target::{Bands, Place, Target},
+    tile::{After, Next, ROWS, Tiles, is_wide, multiply, tiled},
+};
+use std::ops::Range;
+
+/// Inputs of [`Bands::most`] rows that stay in the second-level cache (240 kB) while all panels pass by.
+const DEPTH: usize = 640;
+
+/// A product.
+pub(super) struct Product<'a, L> {
+    pub level: Level,
+    pub lines: &'a [L],
+    /// Lines of a panel.
+    pub stride: usize,
+    pub inputs: usize,
+    /// In strips.
+    pub x: &'a [f32],
+}
+
+impl<L: Factor> Product<'_, L> {
+    pub(super) fn fill(&self, ops: &CpuOps, target: &Target<'_>) {
+        debug_assert_eq!(self.x.len(), target.rows() * self.inputs);
+        // SAFETY: a block accesses the outputs that it is given.
+        unsafe {
+            let bytes = self.stride * size_of::<L>();
+            target.fill(ops, self.inputs, bytes, &Bands::of(ops.level), |rows, panels, place| self.block(rows, panels, place));
+        }
+    }
+
+    /// The outputs of `panels` for the rows `band`.
+    ///
+    /// # Safety
+    /// No other thread accesses these outputs of these rows meanwhile.
+    unsafe fn block(&self, band: Range<usize>, panels: Range<usize>, place: &Place<'_>) {
+        let &Self { level, inputs, stride, .. } = self;
+        // Few rows: the panels stream by once, as many side by side as the tile has. Many: a panel or four stay in the cache for all
+        // rows of the band.
+        let few = band.len() <= ROWS;
+        let depth = if few { inputs } else { inputs.div_ceil(inputs.div_ceil(DEPTH)).next_multiple_of(2) };
+        let group = if few { panels.len().max(1) } else { Bands::of(level).panels };
+        for from in (0..inputs).step_by(depth) {
+            let depth = from..inputs.min(from + depth);
+            for panel in panels.clone().step_by(group) {
+                let group = panel..panels.end.min(panel + group);
+                // SAFETY: the rows and outputs are those of this block.
+                unsafe {
+                    if few || L::IS_PLAIN {
+                        let lines = &self.lines[panel * stride + from / L::INPUTS..group.end * stride];
+                        self.strips(lines, stride, band.clone(), group, depth.clone(), place);
+                    } else {
+                        // Widened once for all strips.
+                        local(group.len() * depth.len(), |wide| {
+                            for (panel, wide) in group.clone().zip(wide.chunks_exact_mut(depth.len())) {
+                                let lines = &self.lines[panel * stride..][from / L::INPUTS..];
+                                level.run(Widen { lines, wide });
+                            }
+                            self.strips(wide, depth.len(), band.clone(), group, depth.clone(), place);
+                        });
+                    }
+                }
+            }
+        }
+    }
+
+    /// Adds the products of `inputs` to the outputs of `panels`, whose lines for them begin at multiples of `stride`, for the rows `band`.
+    ///
+    /// # Safety
+    /// As of [`Self::block`].
+    unsafe fn strips<M: Factor>(
+        &self,
+        lines: &[M],
+        stride: usize,
+        band: Range<usize>,
+        panels: Range<usize>,
+        inputs: Range<usize>,
+        place: &Place<'_>,
+    ) {
+        for row in band.clone().step_by(ROWS) {
+            let x = &self.x[row * self.inputs..];
+            let strip = Strip { x, width: self.inputs, place, lines, stride, row, panels: panels.clone(), inputs: inputs.clone() };
+            match band.len() <= ROWS {
+                true if self.level.is_one_stream() => tiled!(self.level, band.end - row, strip.stream(self.level)),
+                few => tiled!(self.level, band.end - row, strip.run(self.level, few)),
+            }
+        }
+    }
+}
+
+/// Adds the products of `inputs` to the outputs of `panels` for some rows. No other thread accesses these outputs meanwhile.
+struct Strip<'a, L> {
+    /// From its first row on.
+    x: &'a [f32],
+    /// All inputs of a row.
+    width: usize,
+    place: &'a Place<'a>,
+    lines: &'a [L],
+    stride: usize,
+    row: usize,
+    panels: Range<usize>,
+    inputs: Range<usize>,
+}
+
+impl<L: Factor> Strip<'_, L> {
+    fn run<const R: usize, const C: usize, const D: usize>(&self, level: Level, is_read_once: bool) {
+        // Lines that are read once: where they come in one stream, or vectors are wide, the processor does not look far enough ahead.
+        match is_read_once && (C == 1 || level.is_wide()) {
+            true => self.columns::<R, C, D, SOON>(level),
+            false => self.columns::<R, C, D, NEVER>(level),
+        }
+    }
+
+    /// The same where memory is read best in one stream: as few panels at a time as keep wide vectors busy, and those that follow are asked
+    /// for in the order in which they lie, if that many fit into the cache.
+    fn stream<const R: usize, const C: usize, const D: usize>(&self, level: Level) {
+        // Of several rows twice the first-level cache: past that four panels side by side are faster.
+        let most = if R == 1 { ahead::MOST } else { 96 << 10 };
+        match 2 * self.stride * size_of::<L>() <= most {
+            true => self.columns::<R, 2, 1, NEXT>(level),
+            false if R == 1 => self.columns::<R, 2, 1, SOON>(level),
+            false => self.run::<R, C, D>(level, true),
+        }
+    }
+
+    fn columns<const R: usize, const C: usize, const D: usize, const AHEAD: u8>(&self, level: Level) {
+        match L::DOTS {
+            true => level.dots(Columns::<L, R, C, D, AHEAD>(self)),
+            false => level.run(Columns::<L, R, C, D, AHEAD>(self)),
+        }
+    }
+}
+
+/// Which lines a tile asks for: none, those that come 2 kB later, those of the next tile.
+const NEVER: u8 = 0;
+const SOON: u8 = 1;
+const NEXT: u8 = 2;
+
+/// A strip of `R` rows, `C` panels at a time, then `D`, then one.
+struct Columns<'a, L, const R: usize, const C: usize, const D: usize, const AHEAD: u8>(&'a Strip<'a, L>);
+
+impl<L: Factor, const R: usize, const C: usize, const D: usize, const AHEAD: u8> Task for Columns<'_, L, R, C, D, AHEAD> {
+    type Out = ();
+    const NARROW: bool = !Self::WIDE;
+    const WIDE: bool = is_wide(R, C) || AHEAD != NEVER && C == 2;
+
+    #[inline(always)]
+    fn run<I: Isa>(mut self, isa: I) {
+        self.walk::<I, C, D>(isa, self.0.panels.clone());
+    }
+}
+
+impl<L: Factor, const R: usize, const C: usize, const D: usize, const AHEAD: u8> Tiles for Columns<'_, L, R, C, D, AHEAD> {
+    #[inline(always)]
+    fn tile<I: Isa, const N: usize>(&mut self, isa: I, panel: usize) {
+        let &Strip { x, width, place, lines, stride, row, ref panels, ref inputs } = self.0;
+        let (first, is_last) = (panel - panels.start, panel + N == panels.end);
+        let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
+        let rows = &x[..R * width].as_chunks::<R>().0[inputs.clone()];
+        let mut panels = [&lines[..0]; N];
+        for c in 0..N {
+            panels[c] = &lines[(first + c) * stride..];
+        }
+        for r in 0..R {
+            if inputs.start > 0 {
+                for c in 0..N {
+                    // SAFETY: the rows and outputs are those of this strip.
+                    sums[r][c] = unsafe { place.load(isa, row + r, panel + c) };
+                }
+            }
+        }
+        match AHEAD {
+            NEXT => {
+                // At the end of what the thread reads, this tile itself.
+                let next = panels[0].as_ptr().wrapping_add(if is_last && !place.goes_on() { 0 } else { N * stride });
+                multiply::<I, L, R, N, _>(isa, rows, panels, Next(next.cast()), &mut sums);
+            }
+            SOON => multiply::<I, L, R, N, _>(isa, rows, panels, After::<2048>, &mut sums),
+            _ => multiply::<I, L, R, N, _>(isa, rows, panels, (), &mut sums),
+        }
+        for r in 0..R {
+            for c in 0..N {
+                // SAFETY: as above.
+                unsafe { place.store(isa, sums[r][c], row + r, panel + c) };
+            }
+        }
+    }
+}
+
+/// Lines of a panel as f32.
+struct Widen<'a, L> {
+    lines: &'a [L],
+    wide: &'a mut [F32],
+}
+
+impl<L: Factor> Task for Widen<'_, L> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let (pairs, rest) = L::pairs(self.lines, self.wide.len());
+        let (twos, last) = self.wide.as_chunks_mut::<2>();
+        for (two, pair) in twos.iter_mut().zip(pairs) {
+            isa.store(L::widen(pair, 0, isa), &mut two[0].0);
+            isa.store(L::widen(pair, 1, isa), &mut two[1].0);
+        }
+        for (last, line) in last.iter_mut().zip(rest) {
+            isa.store(line.first(isa), &mut last.0);
+        }
+    }
+}
