@@ -48,12 +48,12 @@ impl<'a> Inputs<'a> {
             Form::Halves | Form::Pairs => rows * depth / 2,
         });
         let to = match form {
-            Form::Strips => To::Strips(Shares::new(&mut values)),
+            Form::Strips => To::Strips(Strips { to: Shares::new(&mut values), rows, width }),
             Form::Wide => To::Wide(Shares::new(&mut values)),
             Form::Halves => To::Halves(Shares::new(values.halves_mut())),
-            Form::Pairs => To::Pairs(Shares::new(&mut values)),
+            Form::Pairs => To::Pairs(Strips { to: Shares::new(&mut values), rows, width: depth / 2 }),
         };
-        write(Writer { to, rows, width });
+        write(Writer { to, width });
         Self { values: Values::Own(values), rows }
     }
 
@@ -107,15 +107,14 @@ impl<'a> Inputs<'a> {
 /// Writes rows of inputs, from any thread.
 pub(super) struct Writer<'a> {
     to: To<'a>,
-    rows: usize,
     width: usize,
 }
 
 enum To<'a> {
-    Strips(Shares<'a, f32>),
+    Strips(Strips<'a>),
     Wide(Shares<'a, f32>),
     Halves(Shares<'a, u16>),
-    Pairs(Shares<'a, f32>),
+    Pairs(Strips<'a>),
 }
 
 impl Writer<'_> {
@@ -137,7 +136,7 @@ impl Writer<'_> {
         // SAFETY: as of this function.
         unsafe {
             match &self.to {
-                To::Strips(to) => self.strips(level, to, self.width, rows, columns, values, stride),
+                To::Strips(to) => to.put(level, rows, columns, values, stride),
                 To::Wide(to) => {
                     rows.zip(rounded).for_each(|(row, x)| round(level, x, to.slice(row * depth + columns.start..row * depth + end)))
                 }
@@ -150,33 +149,33 @@ impl Writer<'_> {
                     local((rows.len() * pairs.len()).div_ceil(LANES), |own| {
                         halves(own).chunks_exact_mut(2 * pairs.len()).zip(rounded).for_each(|(to, x)| round(level, x, to));
                         let stride = pairs.len();
-                        self.strips(level, to, depth / 2, rows, pairs, self::values(own), stride);
+                        to.put(level, rows, pairs, self::values(own), stride);
                     });
                 }
             }
         }
     }
+}
 
-    /// Lays `columns` of `rows`, of `width` columns, in strips.
+/// Rows in strips.
+struct Strips<'a> {
+    to: Shares<'a, f32>,
+    rows: usize,
+    width: usize,
+}
+
+impl Strips<'_> {
+    /// As [`Writer::put`].
     ///
     /// # Safety
-    /// No other thread writes these.
-    unsafe fn strips(
-        &self,
-        level: Level,
-        to: &Shares<'_, f32>,
-        width: usize,
-        rows: Range<usize>,
-        columns: Range<usize>,
-        values: &[f32],
-        stride: usize,
-    ) {
+    /// As there.
+    unsafe fn put(&self, level: Level, rows: Range<usize>, columns: Range<usize>, values: &[f32], stride: usize) {
         debug_assert!(rows.start.is_multiple_of(ROWS) && (rows.end.is_multiple_of(ROWS) || rows.end == self.rows));
         for (row, from) in rows.step_by(ROWS).zip(values.chunks(ROWS * stride)) {
             let count = ROWS.min(self.rows - row);
-            let place = row * width + columns.start * count..row * width + columns.end * count;
+            let place = row * self.width + columns.start * count..row * self.width + columns.end * count;
             // SAFETY: as of this function.
-            let to = unsafe { to.slice(place) };
+            let to = unsafe { self.to.slice(place) };
             match count {
                 1 => level.run(Interleave::<1> { from, stride, to }),
                 2 => level.run(Interleave::<2> { from, stride, to }),
