@@ -112,7 +112,9 @@ impl Team {
 
     /// Whether a thread that has done piece `i` of `count` goes on with the one after it.
     pub(super) fn goes_on(&self, count: usize, i: usize) -> bool {
-        (0..self.shared.ranges.len()).all(|thread| self.shared.range(count, thread).end != i + 1)
+        // The first thread whose range does not begin before that one.
+        let thread = ((i + 1) * self.shared.ranges.len()).div_ceil(count);
+        self.shared.range(count, thread).start > i + 1
     }
 
     /// `f(0)`, `f(1)`, ... for `count` pieces, in any order.
@@ -448,6 +450,11 @@ mod tests {
         let team = Team::new(3);
         let ends = |count: usize| (0..count).filter(|&i| !team.goes_on(count, i)).collect::<Vec<_>>();
         assert_eq!([ends(9), ends(4), ends(2), ends(1)], [vec![2, 5, 8], vec![0, 1, 3], vec![0, 1], vec![0]]);
+        for count in 1..200 {
+            let expected: Vec<_> =
+                (0..3).map(|thread| part(count, 1, 3, thread)).filter(|range| !range.is_empty()).map(|range| range.end - 1).collect();
+            assert_eq!(ends(count), expected);
+        }
         // Of its own, without the others, a thread does all in order.
         let order = Mutex::new(Vec::new());
         Team::new(1).hold(|| Team::new(1).run(5, |i| lock(&order).push(i)));
