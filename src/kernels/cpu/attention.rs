@@ -605,8 +605,9 @@ mod tests {
     fn nothing_to_see_is_no_panic() {
         let mut case = Case::new(6, 2, 20, 0);
         case.attention.sight = Sight::Full;
-        let (ops, store) = (ops(case.level, 2), case.store());
-        for count in [1, 40] {
+        let store = case.store();
+        for (count, halves) in [(1, false), (40, false), (1, true), (40, true)] {
+            let ops = CpuOps { halves, ..ops(case.level, 2) };
             let mut queries = ops.act(count, 120);
             queries.data.fill(1.0);
             let y = ops.cross(&case.attention, 1, &queries, &[Span { first: 0, count, store: &store }]).unwrap();

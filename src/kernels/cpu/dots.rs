@@ -20,6 +20,9 @@ impl Work<'_> {
     /// As [`Self::run`], of queries, keys and values that are rounded to bf16.
     pub fn run_in_dots(&mut self, level: Level) {
         self.reset();
+        if self.len == 0 {
+            return;
+        }
         let (count, job) = (self.queries.len(), self.job);
         let strips = (0..count).step_by(ROWS).map(|first| (first, ROWS.min(count - first)));
         let [groups, panels] = self.groups(level);
