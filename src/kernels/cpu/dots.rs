@@ -10,11 +10,11 @@ use super::{
     isa::{Isa, Level, Task},
     line::{F32, LANES},
     scratch::{halves, local, values},
-    span::{Soften, Work},
+    span::{Order, Score, Soften, Work},
     tile::{ROWS, Sums, Tiles, is_wide, tiled},
 };
 use crate::cache::PAGE;
-use std::ops::Range;
+use std::{marker::PhantomData, ops::Range};
 
 impl Work<'_> {
     /// As [`Self::run`], of queries, keys and values that are rounded to bf16.
@@ -65,7 +65,7 @@ impl Work<'_> {
         pages: Range<usize>,
         queries: &[f32],
     ) {
-        level.dots(Score::<R, C> { work: self, first, pages, queries });
+        Score::<Pairs, R, C> { work: self, first, pages, queries, order: PhantomData }.at(level);
     }
 
     fn sum_dots<const R: usize, const C: usize, const D: usize>(&mut self, level: Level, first: usize, panels: Range<usize>) {
@@ -74,52 +74,15 @@ impl Work<'_> {
     }
 }
 
-/// The products of `R` queries with the keys of pages that one of them sees.
-struct Score<'a, 'b, const R: usize, const C: usize> {
-    work: &'a mut Work<'b>,
-    first: usize,
-    pages: Range<usize>,
-    /// Of all queries, pairs of dimensions, in whole lines.
-    queries: &'a [f32],
-}
+/// Pair after pair.
+struct Pairs;
 
-impl<const R: usize, const C: usize> Task for Score<'_, '_, R, C> {
-    type Out = ();
-    const NARROW: bool = !is_wide(R, C);
-    const WIDE: bool = is_wide(R, C);
+impl Order for Pairs {
+    const PAIRS: bool = true;
 
     #[inline(always)]
-    fn run<I: Isa>(mut self, isa: I) {
-        let seen = self.work.pages(self.first..self.first + R);
-        self.pages = self.pages.start.max(seen.start)..self.pages.end.min(seen.end);
-        self.work.ask(isa, &self.pages, self.pages.start, C);
-        self.walk::<I, C, 1>(isa, self.pages.clone());
-    }
-}
-
-impl<const R: usize, const C: usize> Tiles for Score<'_, '_, R, C> {
-    #[inline(always)]
-    fn tile<I: Isa, const N: usize>(&mut self, isa: I, page: usize) {
-        self.work.ask(isa, &self.pages, page + N, N);
-        let (work, first) = (&mut *self.work, self.first);
-        let (job, width) = (work.job, self.queries.len() / work.queries.len());
-        let mut rows = [&self.queries[first * width..][..width]; R];
-        for r in 1..R {
-            rows[r] = &self.queries[(first + r) * width..][..width];
-        }
-        let keys = |c| &job.row.store.page(work.start / PAGE + page + c).keys(job.layer, job.head)[..job.attention.head_dim];
-        let mut panels = [keys(0); N];
-        for c in 1..N {
-            panels[c] = keys(c);
-        }
-        let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
-        dots(isa, rows, panels, &mut sums);
-        for r in 0..R {
-            let to = work.scores[(first + r) * work.len + page * PAGE..][..N * PAGE].as_chunks_mut().0;
-            for c in 0..N {
-                isa.store(sums[r][c], &mut to[c]);
-            }
-        }
+    fn add<I: Isa, const R: usize, const C: usize>(isa: I, queries: [&[f32]; R], keys: [&[F32]; C], sums: &mut Sums<I, R, C>) {
+        dots(isa, queries, keys, sums);
     }
 }
 
@@ -146,7 +109,7 @@ impl<const R: usize, const C: usize> Tiles for Sum<'_, '_, R, C> {
     #[inline(always)]
     fn tile<I: Isa, const N: usize>(&mut self, isa: I, panel: usize) {
         let (work, first) = (&mut *self.work, self.first);
-        let (job, stride) = (work.job, work.job.stride());
+        let job = work.job;
         let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
         for page in self.pages.clone() {
             let mut rows = [&[][..]; R];
@@ -159,12 +122,7 @@ impl<const R: usize, const C: usize> Tiles for Sum<'_, '_, R, C> {
             }
             dots(isa, rows, panels, &mut sums);
         }
-        for r in 0..R {
-            let to = work.part[(first + r) * stride + panel * LANES..][..N * LANES].as_chunks_mut().0;
-            for c in 0..N {
-                isa.store(sums[r][c], &mut to[c]);
-            }
-        }
+        work.keep(isa, first, panel, &sums);
     }
 }
 

@@ -10,13 +10,13 @@ use super::{
     isa::{Isa, Level, Task},
     line::{BLOCK, F32, LANES, Line},
     scratch::{brains, local, values},
-    span::{Score, Soften, Work},
+    span::{Order, Score, Soften, Work},
     target::Place,
     threads::Shares,
     tile::{ROWS, Sums, Tiles, is_wide, tiled},
 };
 use crate::cache::PAGE;
-use std::ops::Range;
+use std::{marker::PhantomData, ops::Range};
 
 /// Fewer queries than this read keys and values as they are.
 const FEW: usize = 16;
@@ -54,7 +54,8 @@ impl Work<'_> {
     }
 
     fn score_few<const R: usize, const C: usize, const D: usize>(&mut self, level: Level, first: usize, positions: &Range<usize>) {
-        level.run(Score::<R, C, true> { work: self, first, pages: positions.start / PAGE..positions.end / PAGE });
+        let pages = positions.start / PAGE..positions.end / PAGE;
+        Score::<Alternate, R, C> { work: self, first, pages, queries: &[], order: PhantomData }.at(level);
     }
 
     fn sum_few<const R: usize, const C: usize, const D: usize>(&mut self, level: Level, first: usize, positions: &Range<usize>) {
@@ -144,7 +145,7 @@ impl<const R: usize, const C: usize> Tiles for Sum<'_, '_, R, C> {
     #[inline(always)]
     fn tile<I: Isa, const N: usize>(&mut self, isa: I, panel: usize) {
         let &mut Self { ref mut work, first, positions } = self;
-        let (job, stride) = (work.job, work.job.stride());
+        let job = work.job;
         let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
         for from in positions.clone().step_by(BLOCK) {
             let (mut even, mut odd) = ([[isa.load(&[0.0; LANES]); N]; R], [[isa.load(&[0.0; LANES]); N]; R]);
@@ -163,25 +164,24 @@ impl<const R: usize, const C: usize> Tiles for Sum<'_, '_, R, C> {
             }
             both(isa, even, odd, &mut sums);
         }
-        for r in 0..R {
-            let to = work.part[(first + r) * stride + panel * LANES..][..N * LANES].as_chunks_mut().0;
-            for c in 0..N {
-                isa.store(sums[r][c], &mut to[c]);
-            }
-        }
+        work.keep(isa, first, panel, &sums);
     }
 }
 
-/// Adds the products of rows with panels, of as many inputs.
-#[inline(always)]
-pub(super) fn alternate<I: Isa, const R: usize, const C: usize>(isa: I, rows: [&[f32]; R], panels: [&[F32]; C], sums: &mut Sums<I, R, C>) {
-    let count = rows[0].len();
-    for from in (0..count).step_by(BLOCK) {
-        let inputs = from..count.min(from + BLOCK);
-        let (mut even, mut odd) = ([[isa.load(&[0.0; LANES]); C]; R], [[isa.load(&[0.0; LANES]); C]; R]);
-        every_other::<I, R, C, 0>(isa, rows, panels, inputs.clone(), &mut even);
-        every_other::<I, R, C, 1>(isa, rows, panels, inputs, &mut odd);
-        both(isa, even, odd, sums);
+/// AMX's.
+struct Alternate;
+
+impl Order for Alternate {
+    #[inline(always)]
+    fn add<I: Isa, const R: usize, const C: usize>(isa: I, queries: [&[f32]; R], keys: [&[F32]; C], sums: &mut Sums<I, R, C>) {
+        let count = queries[0].len();
+        for from in (0..count).step_by(BLOCK) {
+            let inputs = from..count.min(from + BLOCK);
+            let (mut even, mut odd) = ([[isa.load(&[0.0; LANES]); C]; R], [[isa.load(&[0.0; LANES]); C]; R]);
+            every_other::<I, R, C, 0>(isa, queries, keys, inputs.clone(), &mut even);
+            every_other::<I, R, C, 1>(isa, queries, keys, inputs, &mut odd);
+            both(isa, even, odd, sums);
+        }
     }
 }
 

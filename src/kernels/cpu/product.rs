@@ -147,6 +147,7 @@ struct Columns<'a, L, const R: usize, const C: usize, const D: usize, const AHEA
 impl<L: Factor, const R: usize, const C: usize, const D: usize, const AHEAD: u8> Task for Columns<'_, L, R, C, D, AHEAD> {
     type Out = ();
     const NARROW: bool = !Self::WIDE;
+    // Two panels that ask ahead are those of `Strip::stream`.
     const WIDE: bool = is_wide(R, C) || AHEAD != NEVER && C == 2;
 
     #[inline(always)]

@@ -2,9 +2,8 @@
 
 use super::{
     attention::{Job, Query},
-    halves::alternate,
     isa::{Isa, Level, Task},
-    line::LANES,
+    line::{F32, LANES},
     math,
     tile::{ROWS, Sums, Tiles, is_wide, multiply, tiled},
 };
@@ -12,7 +11,7 @@ use crate::{
     cache::PAGE,
     kernels::{Attention, Bias},
 };
-use std::ops::Range;
+use std::{marker::PhantomData, ops::Range};
 
 /// One span of a job. Positions count from the span's start.
 pub(super) struct Work<'a> {
@@ -73,6 +72,18 @@ impl Work<'_> {
         start / PAGE..end.div_ceil(PAGE)
     }
 
+    /// Keeps the sums of some panels for the queries from `first` on.
+    #[inline(always)]
+    pub fn keep<I: Isa, const R: usize, const C: usize>(&mut self, isa: I, first: usize, panel: usize, sums: &Sums<I, R, C>) {
+        let stride = self.job.stride();
+        for r in 0..R {
+            let to = self.part[(first + r) * stride + panel * LANES..][..C * LANES].as_chunks_mut().0;
+            for c in 0..C {
+                isa.store(sums[r][c], &mut to[c]);
+            }
+        }
+    }
+
     /// The outcome of no position.
     pub fn reset(&mut self) {
         let dims = self.job.dims();
@@ -102,7 +113,7 @@ impl Work<'_> {
 
     /// The products of `R` queries with those of the pages that one of them sees, a page being a panel of 16 positions.
     fn score<const R: usize, const C: usize, const D: usize>(&mut self, level: Level, first: usize, pages: Range<usize>) {
-        level.run(Score::<R, C, false> { work: self, first, pages });
+        Score::<Ascending, R, C> { work: self, first, pages, queries: &[], order: PhantomData }.at(level);
     }
 
     /// The sums of `panels` of the values, with the weights of `R` queries.
@@ -111,14 +122,42 @@ impl Work<'_> {
     }
 }
 
-/// In `HALVES` the products are those of bf16, in AMX's order.
-pub(super) struct Score<'a, 'b, const R: usize, const C: usize, const HALVES: bool> {
+/// How scores are summed over dimensions.
+pub(super) trait Order {
+    /// Whether pairs of dimensions are multiplied, by [`Level::dots`].
+    const PAIRS: bool = false;
+
+    /// Adds the products of queries with keys. Must be `#[inline(always)]`.
+    fn add<I: Isa, const R: usize, const C: usize>(isa: I, queries: [&[f32]; R], keys: [&[F32]; C], sums: &mut Sums<I, R, C>);
+}
+
+/// Dimensions ascending.
+struct Ascending;
+
+impl Order for Ascending {
+    #[inline(always)]
+    fn add<I: Isa, const R: usize, const C: usize>(isa: I, queries: [&[f32]; R], keys: [&[F32]; C], sums: &mut Sums<I, R, C>) {
+        multiply::<I, _, R, C, _>(isa, queries, keys, (), sums);
+    }
+}
+
+/// The products of `R` queries with the keys of those pages that one of them sees.
+pub(super) struct Score<'a, 'b, O, const R: usize, const C: usize> {
     pub work: &'a mut Work<'b>,
     pub first: usize,
     pub pages: Range<usize>,
+    /// All queries, in whole lines, where those of the pass are not what is multiplied.
+    pub queries: &'a [f32],
+    pub order: PhantomData<O>,
 }
 
-impl<const R: usize, const C: usize, const HALVES: bool> Task for Score<'_, '_, R, C, HALVES> {
+impl<O: Order, const R: usize, const C: usize> Score<'_, '_, O, R, C> {
+    pub fn at(self, level: Level) {
+        if O::PAIRS { level.dots(self) } else { level.run(self) }
+    }
+}
+
+impl<O: Order, const R: usize, const C: usize> Task for Score<'_, '_, O, R, C> {
     type Out = ();
     const NARROW: bool = !is_wide(R, C);
     const WIDE: bool = is_wide(R, C);
@@ -132,15 +171,18 @@ impl<const R: usize, const C: usize, const HALVES: bool> Task for Score<'_, '_, 
     }
 }
 
-impl<const R: usize, const C: usize, const HALVES: bool> Tiles for Score<'_, '_, R, C, HALVES> {
+impl<O: Order, const R: usize, const C: usize> Tiles for Score<'_, '_, O, R, C> {
     #[inline(always)]
     fn tile<I: Isa, const N: usize>(&mut self, isa: I, page: usize) {
         self.work.ask(isa, &self.pages, page + N, N);
         let (work, first) = (&mut *self.work, self.first);
-        let job = work.job;
-        let mut rows = [job.values_of(&work.queries[first]); R];
-        for r in 1..R {
-            rows[r] = job.values_of(&work.queries[first + r]);
+        let (job, width) = (work.job, self.queries.len() / work.queries.len());
+        let mut rows = [&self.queries[..0]; R];
+        for r in 0..R {
+            rows[r] = match O::PAIRS {
+                true => &self.queries[(first + r) * width..][..width],
+                false => job.values_of(&work.queries[first + r]),
+            };
         }
         let keys = |c| job.row.store.page(work.start / PAGE + page + c).keys(job.layer, job.head);
         let mut panels = [keys(0); N];
@@ -148,10 +190,7 @@ impl<const R: usize, const C: usize, const HALVES: bool> Tiles for Score<'_, '_,
             panels[c] = keys(c);
         }
         let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
-        match HALVES {
-            true => alternate(isa, rows, panels, &mut sums),
-            false => multiply::<I, _, R, N, _>(isa, rows, panels, (), &mut sums),
-        }
+        O::add(isa, rows, panels, &mut sums);
         for r in 0..R {
             let to = work.scores[(first + r) * work.len + page * PAGE..][..N * PAGE].as_chunks_mut().0;
             for c in 0..N {
@@ -297,12 +336,7 @@ impl<const R: usize, const C: usize> Sum<'_, '_, R, C> {
             }
             at += count;
         }
-        for r in 0..R {
-            let to = work.part[(first + r) * stride + panel * LANES..][..N * LANES].as_chunks_mut().0;
-            for c in 0..N {
-                isa.store(sums[r][c], &mut to[c]);
-            }
-        }
+        work.keep(isa, first, panel, &sums);
     }
 
     /// Adds the values of `count` positions of a page.

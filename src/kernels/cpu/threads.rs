@@ -455,10 +455,6 @@ mod tests {
                 (0..3).map(|thread| part(count, 1, 3, thread)).filter(|range| !range.is_empty()).map(|range| range.end - 1).collect();
             assert_eq!(ends(count), expected);
         }
-        // Of its own, without the others, a thread does all in order.
-        let order = Mutex::new(Vec::new());
-        Team::new(1).hold(|| Team::new(1).run(5, |i| lock(&order).push(i)));
-        assert_eq!(*lock(&order), [0, 1, 2, 3, 4]);
     }
 
     #[test]
