@@ -5,7 +5,7 @@
 
 use super::{
     CpuOps,
-    isa::{Instructions, Isa, Task},
+    isa::{Instructions, Isa, Level, Task},
     line::LANES,
     math,
     span::Work,
@@ -113,7 +113,7 @@ pub(super) fn attend(ops: &CpuOps, attention: &Attention, layer: usize, x: &[f32
                 }
             }
             // SAFETY: no other job has these queries.
-            unsafe { job.finish(all, &y) };
+            unsafe { job.finish(ops.level, all, &y) };
         };
         let pieces = if wanted == 1 { 1 } else { jobs.len() };
         ops.team.run(pieces, |piece| {
@@ -143,7 +143,7 @@ pub(super) fn attend(ops: &CpuOps, attention: &Attention, layer: usize, x: &[f32
         let (all, own) = own.split_at_mut(job.values());
         own.chunks_exact(job.values()).for_each(|next| ops.level.run(Join { job, all, next }));
         // SAFETY: no other job has these queries.
-        unsafe { job.finish(all, &y) };
+        unsafe { job.finish(ops.level, all, &y) };
     }
 }
 
@@ -276,16 +276,29 @@ impl Job<'_> {
     ///
     /// # Safety
     /// No other thread accesses the results of these queries meanwhile.
-    unsafe fn finish(&self, all: &[f32], y: &Shares<'_, f32>) {
+    unsafe fn finish(&self, level: Level, all: &[f32], y: &Shares<'_, f32>) {
         for (i, all) in all.chunks_exact(self.stride()).enumerate() {
             let (token, head) = self.place(i);
             let to = ((self.row.first + token) * self.attention.heads + head) * self.attention.head_dim;
             // SAFETY: as of this function.
             let y = unsafe { y.slice(to..to + self.attention.head_dim) };
-            for (y, x) in y.iter_mut().zip(all) {
-                *y = x / all[self.dims() + 1];
-            }
+            level.run(Divide { x: all, by: all[self.dims() + 1], y });
         }
+    }
+}
+
+struct Divide<'a> {
+    x: &'a [f32],
+    by: f32,
+    y: &'a mut [f32],
+}
+
+impl Task for Divide<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) {
+        self.y.iter_mut().zip(self.x).for_each(|(y, x)| *y = x / self.by);
     }
 }
 

@@ -93,7 +93,7 @@ impl Unit {
             match self {
                 #[cfg(target_arch = "x86_64")]
                 Self::Tiles(amx) => {
-                    let own = &mut halves(own)[..rows * depth];
+                    let own = &mut halves(values(own))[..rows * depth];
                     round(level, depth, x, own);
                     amx.product(&super::amx::Block { x: own, lines, depth, place, rows: 0..rows, panels });
                 }
@@ -166,7 +166,7 @@ impl<T: Brain> Task for Round<'_, T> {
 // HF: the reference rounds the result of each operation to bf16, and reads weights as they are. Here inputs of products are rounded,
 // and everything else is f32, which is nearer to exact results.
 #[inline(always)]
-fn rounded(x: f32) -> u16 {
+pub(super) fn rounded(x: f32) -> u16 {
     let bits = x.to_bits();
     let nearest = if x.is_nan() { bits | 0x40_0000 } else { bits + 0x7fff + (bits >> 16 & 1) };
     flushed((nearest >> 16) as u16)

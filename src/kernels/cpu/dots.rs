@@ -28,7 +28,7 @@ impl Work<'_> {
         let [groups, panels] = self.groups(level);
         let lines = job.attention.head_dim.div_ceil(2 * LANES);
         local(count * lines, |own| {
-            let to = halves(own).chunks_exact_mut(lines * 2 * LANES);
+            let to = halves(values(own)).chunks_exact_mut(lines * 2 * LANES);
             to.zip(self.queries).for_each(|(to, query)| round(level, job.values_of(query), to));
             let queries = values(own);
             for pages in groups {
@@ -37,25 +37,13 @@ impl Work<'_> {
                 }
             }
         });
-        level.run(Soften(self));
-        self.hide(&(0..self.len));
-        self.couple(level);
+        level.run(Soften::<true>(self));
+        self.hide(&(0..self.len), 2);
         for panels in panels {
             for (first, rows) in strips.clone() {
                 tiled!(level, rows, self.sum_dots(level, first, panels.clone()));
             }
         }
-    }
-
-    /// Lays the weights of each query together two by two, from its first on.
-    fn couple(&mut self, level: Level) {
-        let len = self.len;
-        local(len.div_ceil(2 * LANES), |own| {
-            for weights in self.scores.chunks_exact_mut(len).take(self.queries.len()) {
-                round(level, weights, &mut halves(own)[..len]);
-                weights[..len / 2].copy_from_slice(&values(own)[..len / 2]);
-            }
-        });
     }
 
     fn score_dots<const R: usize, const C: usize, const D: usize>(

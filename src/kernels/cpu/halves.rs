@@ -43,8 +43,8 @@ impl Work<'_> {
         for (first, rows) in strips.clone() {
             tiled!(level, rows, self.score_few(level, first, &positions));
         }
-        level.run(Soften(self));
-        self.hide(&positions);
+        level.run(Soften::<false>(self));
+        self.hide(&positions, 1);
         if count >= FEW {
             self.sum_in_halves(level, &positions);
         }
@@ -65,13 +65,13 @@ impl Work<'_> {
         level.run(Sum::<R, C> { work: self, first, positions });
     }
 
-    /// Makes the weights of all queries 0 on pages of which they see nothing.
-    pub fn hide(&mut self, positions: &Range<usize>) {
+    /// Makes the weights of all queries 0 on pages of which they see nothing. So many lie together.
+    pub fn hide(&mut self, positions: &Range<usize>, together: usize) {
         for (query, weights) in self.queries.iter().zip(self.scores.chunks_mut(self.len)) {
             let seen = query.seen.start / PAGE * PAGE..query.seen.end.next_multiple_of(PAGE);
             let seen = if query.seen.is_empty() { positions.end..positions.end } else { seen };
-            weights[positions.start..seen.start].fill(0.0);
-            weights[seen.end..positions.end].fill(0.0);
+            weights[positions.start / together..seen.start / together].fill(0.0);
+            weights[seen.end / together..positions.end / together].fill(0.0);
         }
     }
 

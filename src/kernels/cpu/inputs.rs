@@ -147,7 +147,7 @@ impl Writer<'_> {
                     debug_assert!(columns.start.is_multiple_of(2));
                     let pairs = columns.start / 2..end / 2;
                     local((rows.len() * pairs.len()).div_ceil(LANES), |own| {
-                        halves(own).chunks_exact_mut(2 * pairs.len()).zip(rounded).for_each(|(to, x)| round(level, x, to));
+                        halves(self::values(own)).chunks_exact_mut(2 * pairs.len()).zip(rounded).for_each(|(to, x)| round(level, x, to));
                         let stride = pairs.len();
                         to.put(level, rows, pairs, self::values(own), stride);
                     });

@@ -101,13 +101,20 @@ pub(super) fn sum(values: &[f32], add: impl Fn(f32, f32) -> f32) -> f32 {
 
 /// Reduces sixteen lanes to one value by halves: 8 and 8, 4 and 4, 2 and 2, 1 and 1.
 #[inline(always)]
-pub(super) fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
-    for half in [8, 4, 2, 1] {
-        for i in 0..half {
-            lanes[i] = f(lanes[i], lanes[i + half]);
-        }
+pub(super) fn fold(lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let lanes: [f32; 8] = halve(lanes, &f);
+    let lanes: [f32; 4] = halve(lanes, &f);
+    let [first, second] = halve(lanes, &f);
+    f(first, second)
+}
+
+#[inline(always)]
+fn halve<const N: usize, const HALF: usize>(lanes: [f32; N], f: impl Fn(f32, f32) -> f32) -> [f32; HALF] {
+    let mut half = [0.0; HALF];
+    for i in 0..HALF {
+        half[i] = f(lanes[i], lanes[i + HALF]);
     }
-    lanes[0]
+    half
 }
 
 /// `2^n` for `n` in -126..=127.

@@ -19,10 +19,10 @@ pub(super) fn local<R>(count: usize, work: impl FnOnce(&mut [F32]) -> R) -> R {
     result
 }
 
-/// The same memory as values of 16 bits.
-pub(super) fn halves(lines: &mut [F32]) -> &mut [u16] {
-    // SAFETY: a line is 32 values of 16 bits, and any bits are a number; exclusive as `lines` is.
-    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * 2 * LANES) }
+/// The same memory as twice as many values of 16 bits.
+pub(super) fn halves(values: &mut [f32]) -> &mut [u16] {
+    // SAFETY: a value is two of 16 bits, any bits are a number, and the alignment is more than enough; exclusive as `values` is.
+    unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), values.len() * 2) }
 }
 
 /// The values of lines.
@@ -112,8 +112,7 @@ impl Buffer {
 
     /// The same memory as twice as many values of 16 bits.
     pub(super) fn halves_mut(&mut self) -> &mut [u16] {
-        // SAFETY: a line is 32 values of 16 bits, any bits are a number, and the alignment is more than enough; exclusive as `self` is.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), 2 * self.len) }
+        halves(self)
     }
 }
 

@@ -2,9 +2,11 @@
 
 use super::{
     attention::{Job, Query},
+    brains::rounded,
     isa::{Isa, Level, Task},
     line::{F32, LANES},
     math,
+    scratch::halves,
     tile::{ROWS, Sums, Tiles, is_wide, multiply, tiled},
 };
 use crate::{
@@ -41,7 +43,7 @@ impl Work<'_> {
                 tiled!(level, rows, self.score(level, first, pages.clone()));
             }
         }
-        level.run(Soften(self));
+        level.run(Soften::<false>(self));
         for panels in panels {
             for (first, rows) in strips.clone() {
                 tiled!(level, rows, self.sum(level, first, panels.clone()));
@@ -201,10 +203,10 @@ impl<O: Order, const R: usize, const C: usize> Tiles for Score<'_, '_, O, R, C> 
 }
 
 /// Turns the scores of all queries, whole pages of them, into weights `e^(score - max)`, 0 where they do not see; notes the largest
-/// score and the sum of the weights.
-pub(super) struct Soften<'a, 'b>(pub &'a mut Work<'b>);
+/// score and the sum of the weights. If `PAIRS`, weights are then rounded to bf16, and lie two by two from the query's first on.
+pub(super) struct Soften<'a, 'b, const PAIRS: bool>(pub &'a mut Work<'b>);
 
-impl Task for Soften<'_, '_> {
+impl<const PAIRS: bool> Task for Soften<'_, '_, PAIRS> {
     type Out = ();
 
     #[inline(always)]
@@ -217,27 +219,31 @@ impl Task for Soften<'_, '_> {
                 continue;
             }
             // Whole pages, so that a position is always in the same lane.
-            let first = start / PAGE * PAGE;
-            let scores = &mut work.scores[i * work.len..][first..end.next_multiple_of(PAGE)];
-            let scale = prepare(work.job, i, scores, work.start + first);
-            let lines = scores.as_chunks_mut::<LANES>().0;
+            let (first, last) = (start / PAGE * PAGE, end.next_multiple_of(PAGE));
+            let scores = &mut work.scores[i * work.len..][..work.len];
+            prepare(work.job, i, &mut scores[first..last], work.start + first);
             // What an unwritten or later position holds is hidden.
+            scores[first..start].fill(f32::NEG_INFINITY);
+            scores[end..last].fill(f32::NEG_INFINITY);
             let mut lanes = [f32::NEG_INFINITY; LANES];
-            let last = lines.len() - 1;
-            show(&mut lines[0], scale, start - first..end - first, &mut lanes);
-            if last > 0 {
-                for line in &mut lines[1..last] {
-                    show(line, scale, 0..LANES, &mut lanes);
+            for line in scores[first..last].as_chunks::<LANES>().0 {
+                for (lane, &score) in lanes.iter_mut().zip(line) {
+                    *lane = if score > *lane { score } else { *lane };
                 }
-                show(&mut lines[last], scale, 0..end - first - last * LANES, &mut lanes);
             }
             let max = math::fold(lanes, |a, b| if b > a { b } else { a });
             let mut lanes = [0.0; LANES];
-            for line in lines {
-                for (lane, score) in lanes.iter_mut().zip(line) {
-                    *score = math::decay(*score - max);
-                    *lane += *score;
+            if PAIRS {
+                for at in (first..last).step_by(STEP) {
+                    let mut weights = [[0.0; LANES]; STEP / LANES];
+                    let count = STEP.min(last - at);
+                    let weights = &mut weights[..count / LANES];
+                    weights.copy_from_slice(scores[at..at + count].as_chunks().0);
+                    weigh(weights, max, &mut lanes);
+                    halves(scores)[at..at + count].iter_mut().zip(weights.as_flattened()).for_each(|(to, x)| *to = rounded(*x));
                 }
+            } else {
+                weigh(scores[first..last].as_chunks_mut().0, max, &mut lanes);
             }
             work.part[i * stride + dims] = max;
             work.part[i * stride + dims + 1] = math::fold(lanes, |a, b| a + b);
@@ -245,13 +251,24 @@ impl Task for Soften<'_, '_> {
     }
 }
 
-/// Caps and biases the scores of query `i` from position `first` on, where that is done; returns what is left to multiply them by.
+/// Weights that are rounded at a time, in the first-level cache.
+const STEP: usize = 256;
+
+/// Turns scores into weights, and adds them up.
 #[inline(always)]
-fn prepare(job: &Job<'_>, i: usize, scores: &mut [f32], first: usize) -> f32 {
-    let Attention { scale, softcap, ref bias, .. } = *job.attention;
-    if let (None, Bias::None) = (softcap, bias) {
-        return scale;
+fn weigh(lines: &mut [[f32; LANES]], max: f32, sums: &mut [f32; LANES]) {
+    for line in lines {
+        for (score, sum) in line.iter_mut().zip(&mut *sums) {
+            *score = math::decay(*score - max);
+            *sum += *score;
+        }
     }
+}
+
+/// Scales, caps and biases the scores of query `i` from position `first` on.
+#[inline(always)]
+fn prepare(job: &Job<'_>, i: usize, scores: &mut [f32], first: usize) {
+    let Attention { scale, softcap, ref bias, .. } = *job.attention;
     for score in scores.iter_mut() {
         *score *= scale;
     }
@@ -260,17 +277,8 @@ fn prepare(job: &Job<'_>, i: usize, scores: &mut [f32], first: usize) -> f32 {
             *score = cap * math::tanh(*score / cap);
         }
     }
-    job.bias(i).add(scores, first);
-    1.0
-}
-
-/// Scales a line of scores, hides those that are not in `seen`, and notes the largest of each lane.
-#[inline(always)]
-fn show(line: &mut [f32; LANES], scale: f32, seen: Range<usize>, lanes: &mut [f32; LANES]) {
-    for i in 0..LANES {
-        let score = line[i] * scale;
-        line[i] = if i >= seen.start && i < seen.end { score } else { f32::NEG_INFINITY };
-        lanes[i] = if line[i] > lanes[i] { line[i] } else { lanes[i] };
+    if !matches!(bias, Bias::None) {
+        job.bias(i).add(scores, first);
     }
 }
 

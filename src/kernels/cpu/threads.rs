@@ -14,9 +14,9 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*, fence},
     },
-    thread::{self, JoinHandle, ThreadId},
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
@@ -58,8 +58,8 @@ impl Team {
     }
 
     fn new(threads: usize) -> Self {
-        let ranges = (0..threads.max(1)).map(|_| Apart::default()).collect();
-        let shared = Arc::new(Shared { ranges, ..Shared::default() });
+        let posts = (0..threads.max(1)).map(|_| Apart::default()).collect();
+        let shared = Arc::new(Shared { posts, ..Shared::default() });
         let worker = |number| {
             let shared = shared.clone();
             // A thread that the system refuses is one less.
@@ -113,7 +113,7 @@ impl Team {
     /// Whether a thread that has done piece `i` of `count` goes on with the one after it.
     pub(super) fn goes_on(&self, count: usize, i: usize) -> bool {
         // The first thread whose range does not begin before that one.
-        let thread = ((i + 1) * self.shared.ranges.len()).div_ceil(count);
+        let thread = ((i + 1) * self.shared.posts.len()).div_ceil(count);
         self.shared.range(count, thread).start > i + 1
     }
 
@@ -129,7 +129,7 @@ impl Team {
 
     /// Whether the caller has the team.
     fn is_held(&self) -> bool {
-        *lock(&self.shared.holder) == Some(thread::current().id())
+        self.shared.holder.load(Relaxed) == own()
     }
 
     /// `f(i, chunk)` for each chunk of `size` values, each chunk `work` multiply-adds.
@@ -210,15 +210,9 @@ struct Apart<T>(T);
 /// What the members of a team share.
 #[derive(Debug, Default)]
 struct Shared {
-    /// Of each thread, the pieces that nobody has taken yet: the first in the upper half, the end in the lower.
-    ranges: Box<[Apart<AtomicU64>]>,
-    /// How many operations there were: what is written once in each.
-    turn: Apart<AtomicUsize>,
-    /// Pieces that are not done.
-    left: Apart<AtomicUsize>,
+    /// One for each thread.
+    posts: Box<[Apart<Post>]>,
     ahead: Apart<Ahead>,
-    /// The operation: written while nothing is left, read by who has taken a piece of it and has not yet done it.
-    task: Apart<UnsafeCell<Option<Task>>>,
     /// Threads that sleep for want of work.
     asleep: AtomicUsize,
     /// How often sleepers were called.
@@ -232,9 +226,38 @@ struct Shared {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     queue: Mutex<Queue>,
     moved: Condvar,
-    holder: Mutex<Option<ThreadId>>,
+    /// The thread that has the team, by its [`own`] number.
+    holder: AtomicUsize,
     /// Whether an operation of the holder's is under way.
     busy: AtomicBool,
+}
+
+/// A thread's share of an operation. All of it lies in one cache line, which goes from the holder to the thread once, and back once.
+#[derive(Debug, Default)]
+struct Post {
+    /// Its pieces that nobody has taken yet: the first in the upper half, the end in the lower.
+    pieces: AtomicU64,
+    /// Written while no piece is under way, read by who has taken a piece and has not yet reported it.
+    task: UnsafeCell<Option<Task>>,
+    /// Pieces that the thread has done and reports, whosever they were.
+    done: AtomicUsize,
+}
+
+impl Post {
+    fn split(pieces: u64) -> Range<usize> {
+        (pieces >> 32) as usize..(pieces & u64::from(u32::MAX)) as usize
+    }
+
+    fn is_open(&self) -> bool {
+        !Self::split(self.pieces.load(Relaxed)).is_empty()
+    }
+
+    /// Takes the first piece, or the last.
+    fn take(&self, first: bool) -> Option<usize> {
+        let next = |pieces| (!Self::split(pieces).is_empty()).then(|| if first { pieces + (1 << 32) } else { pieces - 1 });
+        let Range { start, end } = Self::split(self.pieces.fetch_update(AcqRel, Relaxed, next).ok()?);
+        Some(if first { start } else { end - 1 })
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -243,8 +266,8 @@ struct Task {
     f: *const (dyn Fn(usize) + Sync),
 }
 
-// SAFETY: `task` is written by the holder alone while nothing is left, and read between taking a piece and counting it as done:
-// never at the same time, and `ranges` and `left` order the two. What it points to is `Sync`.
+// SAFETY: `task` is written by the holder alone while no piece is under way, and read between taking a piece and reporting it as done:
+// never at the same time, and `pieces` and `done` order the two. What it points to is `Sync`.
 unsafe impl Sync for Shared {}
 // SAFETY: as above; nothing belongs to a thread.
 unsafe impl Send for Shared {}
@@ -252,28 +275,30 @@ unsafe impl Send for Shared {}
 impl Shared {
     fn run(&self, count: usize, f: &(dyn Fn(usize) + Sync)) {
         // SAFETY: only the lifetime changes. The pointer is followed only until every piece is done, which this waits for.
-        let f = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(f) };
-        // SAFETY: the holder calls this, one operation at a time: nothing is left of the last one, so nobody reads.
-        unsafe { *self.task.0.get() = Some(Task { f }) };
-        self.left.0.store(count, SeqCst);
-        for (thread, own) in self.ranges.iter().enumerate() {
+        let task = Task { f: unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(f) } };
+        // The holder's own post last: writes arrive in this order, and others wait for them.
+        for (thread, Apart(post)) in self.posts.iter().enumerate().rev() {
             let Range { start, end } = self.range(count, thread);
-            own.0.store((start as u64) << 32 | end as u64, SeqCst);
+            // SAFETY: the holder calls this, one operation at a time: every piece of the last one is reported, so nobody reads.
+            unsafe { *post.task.get() = Some(task) };
+            post.done.store(0, Relaxed);
+            post.pieces.store((start as u64) << 32 | end as u64, Release);
         }
-        self.turn.0.fetch_add(1, SeqCst);
-        if self.asleep.load(SeqCst) > 0 {
+        if self.asleep.load(Relaxed) > 0 {
             self.call();
         }
-        while self.take(0) {}
-        let done = || self.left.0.load(Acquire) == 0;
-        self.ahead.0.read(0, self.ranges.len(), done);
+        self.work(0);
+        let done = || self.posts.iter().map(|Apart(post)| post.done.load(Acquire)).sum::<usize>() == count;
+        self.ahead.0.read(0, self.posts.len(), done);
         if !spin(SPIN, done) {
             let mut calls = lock(&self.calls);
             self.waiting.store(true, SeqCst);
-            while self.left.0.load(SeqCst) > 0 {
+            // Whoever reports a piece looks afterwards whether anybody waits.
+            fence(SeqCst);
+            while !done() {
                 calls = self.done.wait(calls).unwrap_or_else(PoisonError::into_inner);
             }
-            self.waiting.store(false, SeqCst);
+            self.waiting.store(false, Relaxed);
         }
         self.busy.store(false, Relaxed);
         let panic = lock(&self.panic).take();
@@ -284,53 +309,50 @@ impl Shared {
 
     /// The pieces of `count` that are a thread's.
     fn range(&self, count: usize, thread: usize) -> Range<usize> {
-        part(count, 1, self.ranges.len(), thread)
+        part(count, 1, self.posts.len(), thread)
     }
 
-    /// Takes the first piece of a thread's range, or the last.
-    fn piece(&self, thread: usize, first: bool) -> Option<usize> {
-        let split = |range: u64| [range >> 32, range & u64::from(u32::MAX)];
-        let taken = self.ranges[thread].0.fetch_update(AcqRel, Relaxed, |range| {
-            let [start, end] = split(range);
-            (start < end).then(|| if first { range + (1 << 32) } else { range - 1 })
-        });
-        let [start, end] = split(taken.ok()?);
-        Some(if first { start } else { end - 1 } as usize)
-    }
-
-    /// Does a piece, if there is one.
-    fn take(&self, thread: usize) -> bool {
-        let others = || (1..self.ranges.len()).find_map(|i| self.piece((thread + i) % self.ranges.len(), false));
-        let Some(piece) = self.piece(thread, true).or_else(others) else { return false };
-        // SAFETY: a piece was taken and is not done, so the task is that of the piece and stays.
-        if let Some(Task { f }) = unsafe { *self.task.0.get() } {
-            // SAFETY: as above, and so what it points to is alive.
-            let f = unsafe { &*f };
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| f(piece))) {
-                lock(&self.panic).get_or_insert(panic);
+    /// Does pieces until nobody has any, a thread's own first, and reports them.
+    fn work(&self, thread: usize) {
+        let mut done = 0;
+        let others = || (1..self.posts.len()).map(|i| (thread + i) % self.posts.len());
+        let first = || Some((thread, self.posts[thread].0.take(true)?));
+        let last = || others().find_map(|other| Some((other, self.posts[other].0.take(false)?)));
+        while let Some((of, piece)) = first().or_else(last) {
+            // SAFETY: a piece was taken and is not reported, so the task is that of the piece and stays.
+            if let Some(Task { f }) = unsafe { *self.posts[of].0.task.get() } {
+                // SAFETY: as above, and so what it points to is alive.
+                let f = unsafe { &*f };
+                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| f(piece))) {
+                    lock(&self.panic).get_or_insert(panic);
+                }
+            }
+            done += 1;
+        }
+        if done > 0 {
+            let Apart(own) = &self.posts[thread];
+            // Nobody else writes it meanwhile.
+            own.done.store(own.done.load(Relaxed) + done, SeqCst);
+            fence(SeqCst);
+            if self.waiting.load(Relaxed) {
+                let _calls = lock(&self.calls);
+                self.done.notify_all();
             }
         }
-        if self.left.0.fetch_sub(1, SeqCst) == 1 && self.waiting.load(SeqCst) {
-            let _calls = lock(&self.calls);
-            self.done.notify_all();
-        }
-        true
     }
 
     /// What a worker does all its life.
     fn serve(&self, thread: usize) {
-        while !self.ending.load(SeqCst) {
-            let turn = self.turn.0.load(SeqCst);
-            if self.take(thread) {
-                continue;
-            }
-            let is_open = || self.turn.0.load(SeqCst) != turn;
-            self.ahead.0.read(thread, self.ranges.len(), is_open);
+        let is_open = || self.posts[thread].0.is_open();
+        while !self.ending.load(Relaxed) {
+            self.work(thread);
+            self.ahead.0.read(thread, self.posts.len(), is_open);
             if !spin(REST, is_open) {
                 let mut calls = lock(&self.calls);
                 let heard = *calls;
                 self.asleep.fetch_add(1, SeqCst);
-                while *calls == heard && !is_open() && !self.ending.load(SeqCst) {
+                fence(SeqCst);
+                while *calls == heard && !is_open() && !self.ending.load(Relaxed) {
                     calls = self.alarm.wait(calls).unwrap_or_else(PoisonError::into_inner);
                 }
                 self.asleep.fetch_sub(1, SeqCst);
@@ -393,14 +415,14 @@ impl<'a> Turn<'a> {
     }
 
     fn begin(shared: &'a Shared) -> Self {
-        *lock(&shared.holder) = Some(thread::current().id());
+        shared.holder.store(own(), Relaxed);
         Self(shared)
     }
 }
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        *lock(&self.0.holder) = None;
+        self.0.holder.store(0, Relaxed);
         let mut queue = lock(&self.0.queue);
         queue.serving += 1;
         // Waking costs a call of the system even if nobody waits.
@@ -408,6 +430,13 @@ impl Drop for Turn<'_> {
             self.0.moved.notify_all();
         }
     }
+}
+
+/// A number that no other thread has, and that is not 0.
+fn own() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(1);
+    thread_local!(static OWN: usize = NEXT.fetch_add(1, Relaxed));
+    OWN.with(|own| *own)
 }
 
 /// Nothing that is locked here is left half-done by a panic.
