@@ -318,26 +318,26 @@ struct Strip<'a> {
 }
 
 impl Strip<'_> {
-    fn run<const R: usize, const C: usize, const D: usize>(&self, level: Level) {
-        level.run(Columns::<R, C, D>(self));
+    fn run<const R: usize, const C: usize>(&self, level: Level) {
+        level.run(Columns::<R, C>(self));
     }
 }
 
-/// A strip of `R` rows, `C` panels at a time, then `D`, then one.
-struct Columns<'a, const R: usize, const C: usize, const D: usize>(&'a Strip<'a>);
+/// A strip of `R` rows, `C` panels at a time.
+struct Columns<'a, const R: usize, const C: usize>(&'a Strip<'a>);
 
-impl<const R: usize, const C: usize, const D: usize> Task for Columns<'_, R, C, D> {
+impl<const R: usize, const C: usize> Task for Columns<'_, R, C> {
     type Out = ();
     const NARROW: bool = !is_wide(R, C);
     const WIDE: bool = is_wide(R, C);
 
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
-        self.walk::<I, C, D>(isa, self.0.panels.clone());
+        self.walk::<I, C>(isa, self.0.panels.clone());
     }
 }
 
-impl<const R: usize, const C: usize, const D: usize> Tiles for Columns<'_, R, C, D> {
+impl<const R: usize, const C: usize> Tiles for Columns<'_, R, C> {
     #[inline(always)]
     fn tile<I: Isa, const N: usize>(&mut self, isa: I, panel: usize) {
         let &Strip { product, place, row, ref inputs, is_read_once, .. } = self.0;

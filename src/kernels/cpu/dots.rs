@@ -46,17 +46,11 @@ impl Work<'_> {
         }
     }
 
-    fn score_dots<const R: usize, const C: usize, const D: usize>(
-        &mut self,
-        level: Level,
-        first: usize,
-        pages: Range<usize>,
-        queries: &[f32],
-    ) {
+    fn score_dots<const R: usize, const C: usize>(&mut self, level: Level, first: usize, pages: Range<usize>, queries: &[f32]) {
         Score::<Pairs, R, C> { work: self, first, pages, queries, order: PhantomData }.at(level);
     }
 
-    fn sum_dots<const R: usize, const C: usize, const D: usize>(&mut self, level: Level, first: usize, panels: Range<usize>) {
+    fn sum_dots<const R: usize, const C: usize>(&mut self, level: Level, first: usize, panels: Range<usize>) {
         let pages = self.pages(first..first + R);
         level.dots(Sum::<R, C> { work: self, first, panels, pages });
     }
@@ -89,7 +83,7 @@ impl<const R: usize, const C: usize> Task for Sum<'_, '_, R, C> {
 
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
-        self.walk::<I, C, 1>(isa, self.panels.clone());
+        self.walk::<I, C>(isa, self.panels.clone());
     }
 }
 

@@ -53,12 +53,12 @@ impl Work<'_> {
         }
     }
 
-    fn score_few<const R: usize, const C: usize, const D: usize>(&mut self, level: Level, first: usize, positions: &Range<usize>) {
+    fn score_few<const R: usize, const C: usize>(&mut self, level: Level, first: usize, positions: &Range<usize>) {
         let pages = positions.start / PAGE..positions.end / PAGE;
         Score::<Alternate, R, C> { work: self, first, pages, queries: &[], order: PhantomData }.at(level);
     }
 
-    fn sum_few<const R: usize, const C: usize, const D: usize>(&mut self, level: Level, first: usize, positions: &Range<usize>) {
+    fn sum_few<const R: usize, const C: usize>(&mut self, level: Level, first: usize, positions: &Range<usize>) {
         for weights in self.scores.chunks_mut(self.len).skip(first).take(R) {
             level.run(RoundHere(&mut weights[positions.clone()]));
         }
@@ -137,7 +137,7 @@ impl<const R: usize, const C: usize> Task for Sum<'_, '_, R, C> {
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
         let panels = self.work.job.dims() / LANES;
-        self.walk::<I, C, 1>(isa, 0..panels);
+        self.walk::<I, C>(isa, 0..panels);
     }
 }
 

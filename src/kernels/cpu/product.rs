@@ -108,30 +108,30 @@ struct Strip<'a, L> {
 }
 
 impl<L: Factor> Strip<'_, L> {
-    fn run<const R: usize, const C: usize, const D: usize>(&self, level: Level, is_read_once: bool) {
+    fn run<const R: usize, const C: usize>(&self, level: Level, is_read_once: bool) {
         // Lines that are read once: where they come in one stream, or vectors are wide, the processor does not look far enough ahead.
         match is_read_once && (C == 1 || level.is_wide()) {
-            true => self.columns::<R, C, D, SOON>(level),
-            false => self.columns::<R, C, D, NEVER>(level),
+            true => self.columns::<R, C, SOON>(level),
+            false => self.columns::<R, C, NEVER>(level),
         }
     }
 
     /// The same where memory is read best in one stream: as few panels at a time as keep wide vectors busy, and those that follow are asked
     /// for in the order in which they lie, if that many fit into the cache.
-    fn stream<const R: usize, const C: usize, const D: usize>(&self, level: Level) {
+    fn stream<const R: usize, const C: usize>(&self, level: Level) {
         // Of several rows twice the first-level cache: past that four panels side by side are faster.
         let most = if R == 1 { ahead::MOST } else { 96 << 10 };
         match 2 * self.stride * size_of::<L>() <= most {
-            true => self.columns::<R, 2, 1, NEXT>(level),
-            false if R == 1 => self.columns::<R, 2, 1, SOON>(level),
-            false => self.run::<R, C, D>(level, true),
+            true => self.columns::<R, 2, NEXT>(level),
+            false if R == 1 => self.columns::<R, 2, SOON>(level),
+            false => self.run::<R, C>(level, true),
         }
     }
 
-    fn columns<const R: usize, const C: usize, const D: usize, const AHEAD: u8>(&self, level: Level) {
+    fn columns<const R: usize, const C: usize, const AHEAD: u8>(&self, level: Level) {
         match L::DOTS {
-            true => level.dots(Columns::<L, R, C, D, AHEAD>(self)),
-            false => level.run(Columns::<L, R, C, D, AHEAD>(self)),
+            true => level.dots(Columns::<L, R, C, AHEAD>(self)),
+            false => level.run(Columns::<L, R, C, AHEAD>(self)),
         }
     }
 }
@@ -141,10 +141,10 @@ const NEVER: u8 = 0;
 const SOON: u8 = 1;
 const NEXT: u8 = 2;
 
-/// A strip of `R` rows, `C` panels at a time, then `D`, then one.
-struct Columns<'a, L, const R: usize, const C: usize, const D: usize, const AHEAD: u8>(&'a Strip<'a, L>);
+/// A strip of `R` rows, `C` panels at a time.
+struct Columns<'a, L, const R: usize, const C: usize, const AHEAD: u8>(&'a Strip<'a, L>);
 
-impl<L: Factor, const R: usize, const C: usize, const D: usize, const AHEAD: u8> Task for Columns<'_, L, R, C, D, AHEAD> {
+impl<L: Factor, const R: usize, const C: usize, const AHEAD: u8> Task for Columns<'_, L, R, C, AHEAD> {
     type Out = ();
     const NARROW: bool = !Self::WIDE;
     // Two panels that ask ahead are those of `Strip::stream`.
@@ -152,11 +152,11 @@ impl<L: Factor, const R: usize, const C: usize, const D: usize, const AHEAD: u8>
 
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
-        self.walk::<I, C, D>(isa, self.0.panels.clone());
+        self.walk::<I, C>(isa, self.0.panels.clone());
     }
 }
 
-impl<L: Factor, const R: usize, const C: usize, const D: usize, const AHEAD: u8> Tiles for Columns<'_, L, R, C, D, AHEAD> {
+impl<L: Factor, const R: usize, const C: usize, const AHEAD: u8> Tiles for Columns<'_, L, R, C, AHEAD> {
     #[inline(always)]
     fn tile<I: Isa, const N: usize>(&mut self, isa: I, panel: usize) {
         let &Strip { x, width, place, lines, stride, row, ref panels, ref inputs } = self.0;

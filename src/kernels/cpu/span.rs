@@ -114,12 +114,12 @@ impl Work<'_> {
     }
 
     /// The products of `R` queries with those of the pages that one of them sees, a page being a panel of 16 positions.
-    fn score<const R: usize, const C: usize, const D: usize>(&mut self, level: Level, first: usize, pages: Range<usize>) {
+    fn score<const R: usize, const C: usize>(&mut self, level: Level, first: usize, pages: Range<usize>) {
         Score::<Ascending, R, C> { work: self, first, pages, queries: &[], order: PhantomData }.at(level);
     }
 
     /// The sums of `panels` of the values, with the weights of `R` queries.
-    fn sum<const R: usize, const C: usize, const D: usize>(&mut self, level: Level, first: usize, panels: Range<usize>) {
+    fn sum<const R: usize, const C: usize>(&mut self, level: Level, first: usize, panels: Range<usize>) {
         level.run(Sum::<R, C> { work: self, first, panels });
     }
 }
@@ -169,7 +169,7 @@ impl<O: Order, const R: usize, const C: usize> Task for Score<'_, '_, O, R, C> {
         let seen = self.work.pages(self.first..self.first + R);
         self.pages = self.pages.start.max(seen.start)..self.pages.end.min(seen.end);
         self.work.ask(isa, &self.pages, self.pages.start, C);
-        self.walk::<I, C, 1>(isa, self.pages.clone());
+        self.walk::<I, C>(isa, self.pages.clone());
     }
 }
 
@@ -295,7 +295,7 @@ impl<const R: usize, const C: usize> Task for Sum<'_, '_, R, C> {
 
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
-        self.walk::<I, C, 1>(isa, self.panels.clone());
+        self.walk::<I, C>(isa, self.panels.clone());
     }
 }
 

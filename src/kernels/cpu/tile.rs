@@ -174,21 +174,24 @@ pub(super) trait Tiles {
     /// Computes the tile of `N` panels from `panel` on. Must be `#[inline(always)]`.
     fn tile<I: Isa, const N: usize>(&mut self, isa: I, panel: usize);
 
-    /// Computes all of `panels`: `C` at a time, then `D`, then one.
+    /// Computes all of `panels`: `C` at a time, up to eight; of what is left half as many, and so on.
     #[inline(always)]
-    fn walk<I: Isa, const C: usize, const D: usize>(&mut self, isa: I, panels: Range<usize>) {
+    fn walk<I: Isa, const C: usize>(&mut self, isa: I, panels: Range<usize>) {
         let Range { start: mut panel, end } = panels;
         while panel + C <= end {
             self.tile::<I, C>(isa, panel);
             panel += C;
         }
-        while D > 1 && panel + D <= end {
-            self.tile::<I, D>(isa, panel);
-            panel += D;
+        if C > 4 && panel + 4 <= end {
+            self.tile::<I, 4>(isa, panel);
+            panel += 4;
         }
-        while panel < end {
+        if C > 2 && panel + 2 <= end {
+            self.tile::<I, 2>(isa, panel);
+            panel += 2;
+        }
+        if C > 1 && panel < end {
             self.tile::<I, 1>(isa, panel);
-            panel += 1;
         }
     }
 }
@@ -201,26 +204,26 @@ pub(super) const fn is_wide(rows: usize, panels: usize) -> bool {
     panels == 8 || panels == 4 && rows > 1
 }
 
-/// Calls a function generic over `<const R: usize, const C: usize, const D: usize>` with the tile that suits `rows` in 1..=[`ROWS`]: so
-/// many rows and panels, and the panels at a time of what is left of them.
+/// Calls a function generic over `<const R: usize, const C: usize>` with the tile that suits `rows` in 1..=[`ROWS`]: so many rows and
+/// panels.
 ///
 /// 16 registers of 8 lanes hold 12 sums, 2 halves of a line and an input; fewer rows take more panels, so that at least 8
 /// sums are in flight (2 multiply-adds a cycle, 4 cycles each). 32 registers of 16 lanes hold 24 sums and 4 lines.
 macro_rules! tiled {
     ($level:expr, $rows:expr, $self:ident.$f:ident($($argument:expr),* $(,)?)) => {
         match ($level.is_wide(), $rows) {
-            (false, 1) => $self.$f::<1, 4, 2>($($argument),*),
-            (false, 2) => $self.$f::<2, 2, 1>($($argument),*),
-            (false, 3) => $self.$f::<3, 2, 1>($($argument),*),
-            (false, 4) => $self.$f::<4, 1, 1>($($argument),*),
-            (false, 5) => $self.$f::<5, 1, 1>($($argument),*),
-            (false, _) => $self.$f::<6, 1, 1>($($argument),*),
-            (true, 1) => $self.$f::<1, 8, 4>($($argument),*),
-            (true, 2) => $self.$f::<2, 4, 2>($($argument),*),
-            (true, 3) => $self.$f::<3, 4, 2>($($argument),*),
-            (true, 4) => $self.$f::<4, 4, 2>($($argument),*),
-            (true, 5) => $self.$f::<5, 4, 2>($($argument),*),
-            (true, _) => $self.$f::<6, 4, 2>($($argument),*),
+            (false, 1) => $self.$f::<1, 4>($($argument),*),
+            (false, 2) => $self.$f::<2, 2>($($argument),*),
+            (false, 3) => $self.$f::<3, 2>($($argument),*),
+            (false, 4) => $self.$f::<4, 1>($($argument),*),
+            (false, 5) => $self.$f::<5, 1>($($argument),*),
+            (false, _) => $self.$f::<6, 1>($($argument),*),
+            (true, 1) => $self.$f::<1, 8>($($argument),*),
+            (true, 2) => $self.$f::<2, 4>($($argument),*),
+            (true, 3) => $self.$f::<3, 4>($($argument),*),
+            (true, 4) => $self.$f::<4, 4>($($argument),*),
+            (true, 5) => $self.$f::<5, 4>($($argument),*),
+            (true, _) => $self.$f::<6, 4>($($argument),*),
         }
     };
 }
