@@ -10,15 +10,13 @@ use super::{
     inputs::{self, Form, Inputs},
     isa::{Isa, Level, Task},
     line::{BLOCK, Bf16, Dots, LANES},
-    product,
+    product::Product,
     scratch::{halves, local, values},
-    target::{Bands, Place, Target},
-    tile::{ROWS, Sums, Tiles, is_wide, tiled},
+    target::{Place, Target},
 };
 #[cfg(target_arch = "x86_64")]
 use super::{amx::Amx, isa::Instructions};
 use half::bf16;
-use std::ops::Range;
 
 /// `x * weight^T` to `target`, of the lines of a weight's panels.
 pub(super) fn multiply(ops: &CpuOps, inputs: usize, lines: &[Bf16], x: &Inputs<'_>, target: &Target<'_>) {
@@ -67,52 +65,53 @@ impl Unit {
 
     fn form(self) -> Form {
         match self {
-            Self::Vectors => Form::Wide,
+            Self::Vectors => Form::Rounded,
             Self::Pairs => Form::Pairs,
             #[cfg(target_arch = "x86_64")]
             Self::Tiles(_) => Form::Halves,
         }
     }
 
-    /// The products of rows in AMX's order, `shape` being their number and inputs, with all panels of `place`, by one thread.
+    /// Whether these are tiles.
+    pub(super) fn is_tiles(self) -> bool {
+        !matches!(self, Self::Vectors | Self::Pairs)
+    }
+
+    /// The products of rows by tiles, `shape` being their number and inputs, with all panels of `place`, by one thread.
     ///
     /// # Safety
     /// No other thread accesses these outputs meanwhile.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
     pub(super) unsafe fn alone<'a>(
         self,
         level: Level,
-        shape: (usize, usize),
+        (rows, inputs): (usize, usize),
         x: impl Fn(usize) -> &'a [f32],
         lines: &[Bf16],
         place: &Place<'_>,
     ) {
-        let ((rows, inputs), panels) = (shape, 0..place.panels());
-        let depth = inputs.next_multiple_of(BLOCK);
-        // SAFETY: as of this function.
-        local(rows * depth / LANES, |own| unsafe {
-            match self {
-                #[cfg(target_arch = "x86_64")]
-                Self::Tiles(amx) => {
-                    let own = &mut halves(values(own))[..rows * depth];
-                    round(level, depth, x, own);
-                    amx.product(&super::amx::Block { x: own, lines, depth, place, rows: 0..rows, panels });
-                }
-                _ => {
-                    let own = &mut values(own)[..rows * depth];
-                    round(level, depth, x, own);
-                    Product { level, x: own, depth, lines }.block(0..rows, panels, place);
-                }
-            }
-        });
+        #[cfg(target_arch = "x86_64")]
+        if let Self::Tiles(amx) = self {
+            let depth = inputs.next_multiple_of(BLOCK);
+            local((rows * depth).div_ceil(2 * LANES), |own| {
+                let own = &mut halves(values(own))[..rows * depth];
+                own.chunks_exact_mut(depth).enumerate().for_each(|(i, to)| inputs::round(level, x(i), to));
+                let block = super::amx::Block { x: own, lines, depth, place, rows: 0..rows, panels: 0..place.panels() };
+                // SAFETY: as of this function.
+                unsafe { amx.product(&block) };
+            });
+        }
     }
 
     fn multiply(self, ops: &CpuOps, inputs: usize, lines: &[Bf16], x: &Inputs<'_>, target: &Target<'_>) {
         let depth = inputs.next_multiple_of(BLOCK);
         match self {
-            Self::Vectors => Product { level: ops.level, x: x.wide(), depth, lines }.fill(ops, target),
+            Self::Vectors => {
+                Product::<_, true> { level: ops.level, lines, stride: depth / 2, inputs: depth, x: x.wide() }.fill(ops, target);
+            }
             Self::Pairs => {
-                let pairs = depth / 2;
-                product::Product { level: ops.level, lines: Dots::of(lines), stride: pairs, inputs: pairs, x: x.wide() }.fill(ops, target);
+                let (lines, pairs) = (Dots::of(lines), depth / 2);
+                Product::<_, false> { level: ops.level, lines, stride: pairs, inputs: pairs, x: x.wide() }.fill(ops, target);
             }
             #[cfg(target_arch = "x86_64")]
             Self::Tiles(amx) => {
@@ -126,11 +125,6 @@ impl Unit {
             }
         }
     }
-}
-
-/// Rounds rows to `(rows, depth)`.
-fn round<'a, T: Brain>(level: Level, depth: usize, x: impl Fn(usize) -> &'a [f32], to: &mut [T]) {
-    to.chunks_exact_mut(depth).enumerate().for_each(|(i, to)| inputs::round(level, x(i), to));
 }
 
 /// Rounds values to bf16, where they are.
@@ -183,6 +177,10 @@ fn flushed(bits: u16) -> u16 {
 /// A rounded input, as a kernel takes it.
 pub(super) trait Brain: Copy + Send + Sync {
     const ZERO: Self;
+    /// How many of them take the place of an f32.
+    const IN_F32: usize;
+    /// Memory that holds them.
+    fn of(memory: &mut [f32]) -> &mut [Self];
     /// Of a bf16's bits.
     fn new(bits: u16) -> Self;
 }
@@ -190,6 +188,11 @@ pub(super) trait Brain: Copy + Send + Sync {
 /// Widened.
 impl Brain for f32 {
     const ZERO: Self = 0.0;
+    const IN_F32: usize = 1;
+
+    fn of(memory: &mut [f32]) -> &mut [Self] {
+        memory
+    }
 
     #[inline(always)]
     fn new(bits: u16) -> Self {
@@ -200,186 +203,15 @@ impl Brain for f32 {
 /// As it is.
 impl Brain for u16 {
     const ZERO: Self = 0;
+    const IN_F32: usize = 2;
+
+    fn of(memory: &mut [f32]) -> &mut [Self] {
+        halves(memory)
+    }
 
     #[inline(always)]
     fn new(bits: u16) -> Self {
         bits
-    }
-}
-
-/// Adds the products of rows with panels over a block of inputs. Lines are asked for so many lines before they are needed, if that is not
-/// 0.
-#[inline(always)]
-fn add<I: Isa, const R: usize, const C: usize>(
-    isa: I,
-    rows: [&[f32; BLOCK]; R],
-    panels: [&[Bf16; BLOCK / 2]; C],
-    ahead: usize,
-    sums: &mut Sums<I, R, C>,
-) {
-    let even = every_other::<I, R, C, 0>(isa, rows, panels, ahead);
-    let odd = every_other::<I, R, C, 1>(isa, rows, panels, 0);
-    for r in 0..R {
-        for c in 0..C {
-            sums[r][c] = isa.mul_add(isa.mul_add(even[r][c], 1.0, odd[r][c]), 1.0, sums[r][c]);
-        }
-    }
-}
-
-/// The sums over the even inputs of a block, or over the odd ones.
-#[inline(always)]
-fn every_other<I: Isa, const R: usize, const C: usize, const ODD: usize>(
-    isa: I,
-    rows: [&[f32; BLOCK]; R],
-    panels: [&[Bf16; BLOCK / 2]; C],
-    ahead: usize,
-) -> Sums<I, R, C> {
-    // Loops, not closures: those would be compiled for the baseline where they are not inlined.
-    let zero = isa.load(&[0.0; LANES]);
-    let (mut sums, mut lines) = ([[zero; C]; R], [zero; C]);
-    for i in 0..BLOCK / 2 {
-        if ahead > 0 {
-            fetch(isa, panels, i, ahead);
-        }
-        for c in 0..C {
-            lines[c] = isa.brains(&panels[c][i].0, ODD);
-        }
-        for r in 0..R {
-            for c in 0..C {
-                sums[r][c] = isa.mul_add(lines[c], rows[r][2 * i + ODD], sums[r][c]);
-            }
-        }
-    }
-    sums
-}
-
-/// Asks for the lines that come so many after line `i`.
-#[inline(always)]
-fn fetch<I: Isa, const C: usize>(isa: I, panels: [&[Bf16; BLOCK / 2]; C], i: usize, ahead: usize) {
-    for panel in panels {
-        isa.prefetch((&raw const panel[i]).wrapping_add(ahead).cast());
-    }
-}
-
-/// A product by vectors in AMX's order.
-struct Product<'a> {
-    level: Level,
-    /// `(rows, depth)`
-    x: &'a [f32],
-    /// Inputs, whole blocks.
-    depth: usize,
-    lines: &'a [Bf16],
-}
-
-/// Inputs of a band's rows that stay in the second-level cache while panels pass by.
-const DEPTH: usize = 640;
-
-/// Lines of a panel that are asked for before they are read: 2 kB.
-const AHEAD: usize = 32;
-
-impl Product<'_> {
-    fn fill(&self, ops: &CpuOps, target: &Target<'_>) {
-        // SAFETY: a block's outputs are those that it is given.
-        unsafe {
-            let bytes = self.depth / 2 * size_of::<Bf16>();
-            target.fill(ops, self.depth, bytes, &Bands::of(ops.level), |rows, panels, place| self.block(rows, panels, place));
-        }
-    }
-
-    /// # Safety
-    /// No other thread accesses these outputs of these rows meanwhile.
-    unsafe fn block(&self, band: Range<usize>, panels: Range<usize>, place: &Place<'_>) {
-        // Few rows: the panels stream by once, as many side by side as the tile has. Many: a panel or four stay in the cache for all
-        // rows of the band.
-        let few = band.len() <= ROWS;
-        let depth = if few { self.depth } else { DEPTH };
-        let group = if few { panels.len().max(1) } else { Bands::of(self.level).panels };
-        for from in (0..self.depth).step_by(depth) {
-            let inputs = from..self.depth.min(from + depth);
-            for panel in panels.clone().step_by(group) {
-                let panels = panel..panels.end.min(panel + group);
-                for row in band.clone().step_by(ROWS) {
-                    let strip = Strip { product: self, place, row, panels: panels.clone(), inputs: inputs.clone(), is_read_once: few };
-                    tiled!(self.level, band.end - row, strip.run(self.level));
-                }
-            }
-        }
-    }
-}
-
-/// Adds the products of `inputs` to the outputs of `panels` for some rows. No other thread accesses these outputs meanwhile.
-struct Strip<'a> {
-    product: &'a Product<'a>,
-    place: &'a Place<'a>,
-    row: usize,
-    panels: Range<usize>,
-    inputs: Range<usize>,
-    is_read_once: bool,
-}
-
-impl Strip<'_> {
-    fn run<const R: usize, const C: usize>(&self, level: Level) {
-        level.run(Columns::<R, C>(self));
-    }
-}
-
-/// A strip of `R` rows, `C` panels at a time.
-struct Columns<'a, const R: usize, const C: usize>(&'a Strip<'a>);
-
-impl<const R: usize, const C: usize> Task for Columns<'_, R, C> {
-    type Out = ();
-    const NARROW: bool = !is_wide(R, C);
-    const WIDE: bool = is_wide(R, C);
-
-    #[inline(always)]
-    fn run<I: Isa>(mut self, isa: I) {
-        self.walk::<I, C>(isa, self.0.panels.clone());
-    }
-}
-
-impl<const R: usize, const C: usize> Tiles for Columns<'_, R, C> {
-    #[inline(always)]
-    fn tile<I: Isa, const N: usize>(&mut self, isa: I, panel: usize) {
-        let &Strip { product, place, row, ref inputs, is_read_once, .. } = self.0;
-        let &Product { depth, x, lines, .. } = product;
-        let (blocks, stride) = (inputs.len() / BLOCK, depth / 2);
-        let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
-        let mut rows = [x.as_chunks().0; R];
-        let mut panels = [lines.as_chunks().0; N];
-        for r in 0..R {
-            rows[r] = &x[(row + r) * depth..][inputs.clone()].as_chunks().0[..blocks];
-            if inputs.start > 0 {
-                for c in 0..N {
-                    // SAFETY: the rows and outputs are those of this strip.
-                    sums[r][c] = unsafe { place.load(isa, row + r, panel + c) };
-                }
-            }
-        }
-        for c in 0..N {
-            panels[c] = &lines[(panel + c) * stride..][inputs.start / 2..].as_chunks().0[..blocks];
-        }
-        for i in 0..blocks {
-            let (mut row, mut lines) = ([&rows[0][i]; R], [&panels[0][i]; N]);
-            for r in 1..R {
-                row[r] = &rows[r][i];
-            }
-            for c in 1..N {
-                lines[c] = &panels[c][i];
-            }
-            // What comes after the last lines of a panel is the same panel of the next tile.
-            let ahead = match is_read_once {
-                true if (i + 1) * (BLOCK / 2) + AHEAD <= stride => AHEAD,
-                true => AHEAD + (N - 1) * stride,
-                false => 0,
-            };
-            add(isa, row, lines, ahead, &mut sums);
-        }
-        for r in 0..R {
-            for c in 0..N {
-                // SAFETY: as above.
-                unsafe { place.store(isa, sums[r][c], row + r, panel + c) };
-            }
-        }
     }
 }
 
@@ -390,6 +222,7 @@ mod tests {
         super::{isa::tests::vectorised, noise, ops, target::Then, threads::Shares},
         *,
     };
+    use std::ops::Range;
 
     /// Every unit of this processor, Pairs also by widening; says what this processor cannot test.
     fn units() -> Vec<(Unit, Level)> {
@@ -498,13 +331,15 @@ mod tests {
         for level in Level::all() {
             let ops = ops(level, 2);
             for (inputs, depth) in [(x.len() / 3, x.len() / 3), (1, 32), (33, 64)] {
-                let [narrow, wide] = [Form::Halves, Form::Wide].map(|form| Inputs::of(&ops, form, &x[..3 * inputs], inputs, None));
+                let [narrow, wide] = [Form::Halves, Form::Rounded].map(|form| Inputs::of(&ops, form, &x[..3 * inputs], inputs, None));
                 let (narrow, wide) = (narrow.halves(), wide.wide());
                 for (row, expected) in expected.chunks_exact(inputs).take(3).enumerate() {
                     let (found, rest) = narrow[row * depth..][..depth].split_at(inputs);
                     assert!(found == expected && rest.iter().all(|&bits| bits == 0), "{level:?} {inputs}");
                 }
-                let same = wide.iter().zip(narrow).all(|(wide, &narrow)| wide.to_bits() == u32::from(narrow) << 16);
+                // Three rows are a strip.
+                let mut wide = wide.iter().enumerate();
+                let same = wide.all(|(i, wide)| wide.to_bits() == u32::from(narrow[i % 3 * depth + i / 3]) << 16);
                 assert!(same, "{level:?} {inputs}");
             }
         }

@@ -13,7 +13,7 @@ use super::{
     span::{Order, Score, Soften, Work},
     target::Place,
     threads::Shares,
-    tile::{ROWS, Sums, Tiles, is_wide, tiled},
+    tile::{ROWS, Sums, Tiles, alternate, apart, both, is_wide, tiled},
 };
 use crate::cache::PAGE;
 use std::{marker::PhantomData, ops::Range};
@@ -36,8 +36,9 @@ impl Work<'_> {
         let positions = start / BLOCK * BLOCK..self.len.min(end.next_multiple_of(BLOCK));
         // To lay keys and values out for tiles costs more than a few queries are worth.
         let count = self.queries.len();
-        let strips = if count < FEW { 0..count } else { 0..0 }.step_by(ROWS).map(|first| (first, ROWS.min(count - first)));
-        if count >= FEW {
+        let by_tiles = count >= FEW && Unit::of(level, count).is_tiles();
+        let strips = if by_tiles { 0..0 } else { 0..count }.step_by(ROWS).map(|first| (first, ROWS.min(count - first)));
+        if by_tiles {
             self.score_in_halves(level, &positions);
         }
         for (first, rows) in strips.clone() {
@@ -45,7 +46,7 @@ impl Work<'_> {
         }
         level.run(Soften::<false>(self));
         self.hide(&positions, 1);
-        if count >= FEW {
+        if by_tiles {
             self.sum_in_halves(level, &positions);
         }
         for (first, rows) in strips {
@@ -156,11 +157,9 @@ impl<const R: usize, const C: usize> Tiles for Sum<'_, '_, R, C> {
                 }
                 let mut rows = [&[][..]; R];
                 for r in 0..R {
-                    rows[r] = &work.scores[(first + r) * work.len + at..][..PAGE];
+                    rows[r] = &work.scores[(first + r) * work.len + at..][..panels[0].len()];
                 }
-                let inputs = 0..panels[0].len();
-                every_other::<I, R, N, 0>(isa, rows, panels, inputs.clone(), &mut even);
-                every_other::<I, R, N, 1>(isa, rows, panels, inputs, &mut odd);
+                apart(isa, rows, panels, [&mut even, &mut odd]);
             }
             both(isa, even, odd, &mut sums);
         }
@@ -174,43 +173,7 @@ struct Alternate;
 impl Order for Alternate {
     #[inline(always)]
     fn add<I: Isa, const R: usize, const C: usize>(isa: I, queries: [&[f32]; R], keys: [&[F32]; C], sums: &mut Sums<I, R, C>) {
-        let count = queries[0].len();
-        for from in (0..count).step_by(BLOCK) {
-            let inputs = from..count.min(from + BLOCK);
-            let (mut even, mut odd) = ([[isa.load(&[0.0; LANES]); C]; R], [[isa.load(&[0.0; LANES]); C]; R]);
-            every_other::<I, R, C, 0>(isa, queries, keys, inputs.clone(), &mut even);
-            every_other::<I, R, C, 1>(isa, queries, keys, inputs, &mut odd);
-            both(isa, even, odd, sums);
-        }
-    }
-}
-
-/// Adds the products of every other of some inputs, the even ones or the odd ones.
-#[inline(always)]
-fn every_other<I: Isa, const R: usize, const C: usize, const ODD: usize>(
-    isa: I,
-    rows: [&[f32]; R],
-    panels: [&[F32]; C],
-    inputs: Range<usize>,
-    sums: &mut Sums<I, R, C>,
-) {
-    for i in (inputs.start + ODD..inputs.end).step_by(2) {
-        for c in 0..C {
-            let line = isa.load(&panels[c][i].0);
-            for r in 0..R {
-                sums[r][c] = isa.mul_add(line, rows[r][i], sums[r][c]);
-            }
-        }
-    }
-}
-
-/// Adds the sums over even and over odd inputs.
-#[inline(always)]
-fn both<I: Isa, const R: usize, const C: usize>(isa: I, even: Sums<I, R, C>, odd: Sums<I, R, C>, sums: &mut Sums<I, R, C>) {
-    for r in 0..R {
-        for c in 0..C {
-            sums[r][c] = isa.mul_add(isa.mul_add(even[r][c], 1.0, odd[r][c]), 1.0, sums[r][c]);
-        }
+        alternate(isa, queries, keys, (), sums);
     }
 }
 

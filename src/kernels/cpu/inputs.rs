@@ -6,7 +6,7 @@ use super::{
     isa::{Isa, Level, Task},
     line::{BLOCK, LANES},
     pointwise::Normalise,
-    scratch::{Buffer, halves, local, values},
+    scratch::{Buffer, local, values},
     threads::Shares,
     tile::ROWS,
 };
@@ -18,12 +18,12 @@ use std::ops::Range;
 pub(super) enum Form {
     /// Of every [`ROWS`] rows the values of an input lie together, so that a tile reads them in one stream.
     Strips,
-    /// Rounded to bf16 and held as f32, each row filled up with zeros to whole blocks.
-    Wide,
-    /// bf16, filled up likewise.
-    Halves,
-    /// The same in strips, two inputs after each other being one value, the bits of both.
+    /// The same, rounded to bf16 and held as f32, each row filled up with zeros to whole blocks.
+    Rounded,
+    /// The same as bf16, two inputs after each other being one value, the bits of both.
     Pairs,
+    /// bf16, filled up likewise, row after row.
+    Halves,
 }
 
 /// Rows of inputs.
@@ -44,14 +44,14 @@ impl<'a> Inputs<'a> {
         let depth = width.next_multiple_of(BLOCK);
         let mut values = ops.scratch.take(match form {
             Form::Strips => rows * width,
-            Form::Wide => rows * depth,
+            Form::Rounded => rows * depth,
             Form::Halves | Form::Pairs => rows * depth / 2,
         });
         let to = match form {
             Form::Strips => To::Strips(Strips { to: Shares::new(&mut values), rows, width }),
-            Form::Wide => To::Wide(Shares::new(&mut values)),
-            Form::Halves => To::Halves(Shares::new(values.halves_mut())),
+            Form::Rounded => To::Rounded(Strips { to: Shares::new(&mut values), rows, width: depth }),
             Form::Pairs => To::Pairs(Strips { to: Shares::new(&mut values), rows, width: depth / 2 }),
+            Form::Halves => To::Halves(Shares::new(values.halves_mut())),
         };
         write(Writer { to, width });
         Self { values: Values::Own(values), rows }
@@ -112,9 +112,9 @@ pub(super) struct Writer<'a> {
 
 enum To<'a> {
     Strips(Strips<'a>),
-    Wide(Shares<'a, f32>),
-    Halves(Shares<'a, u16>),
+    Rounded(Strips<'a>),
     Pairs(Strips<'a>),
+    Halves(Shares<'a, u16>),
 }
 
 impl Writer<'_> {
@@ -137,20 +137,10 @@ impl Writer<'_> {
         unsafe {
             match &self.to {
                 To::Strips(to) => to.put(level, rows, columns, values, stride),
-                To::Wide(to) => {
-                    rows.zip(rounded).for_each(|(row, x)| round(level, x, to.slice(row * depth + columns.start..row * depth + end)))
-                }
+                To::Rounded(to) => to.put_rounded::<f32>(level, rows, columns.start..end, rounded),
+                To::Pairs(to) => to.put_rounded::<u16>(level, rows, columns.start..end, rounded),
                 To::Halves(to) => {
                     rows.zip(rounded).for_each(|(row, x)| round(level, x, to.slice(row * depth + columns.start..row * depth + end)))
-                }
-                To::Pairs(to) => {
-                    debug_assert!(columns.start.is_multiple_of(2));
-                    let pairs = columns.start / 2..end / 2;
-                    local((rows.len() * pairs.len()).div_ceil(LANES), |own| {
-                        halves(self::values(own)).chunks_exact_mut(2 * pairs.len()).zip(rounded).for_each(|(to, x)| round(level, x, to));
-                        let stride = pairs.len();
-                        to.put(level, rows, pairs, self::values(own), stride);
-                    });
                 }
             }
         }
@@ -185,6 +175,22 @@ impl Strips<'_> {
                 _ => level.run(Interleave::<ROWS> { from, stride, to }),
             }
         }
+    }
+
+    /// As [`Self::put`], of inputs that are rounded before, and held as so many of `T`.
+    ///
+    /// # Safety
+    /// As there.
+    unsafe fn put_rounded<'a, T: Brain>(&self, level: Level, rows: Range<usize>, inputs: Range<usize>, x: impl Iterator<Item = &'a [f32]>) {
+        debug_assert!(inputs.start.is_multiple_of(T::IN_F32));
+        let columns = inputs.start / T::IN_F32..inputs.end / T::IN_F32;
+        let stride = columns.len();
+        local((rows.len() * stride).div_ceil(LANES), |own| {
+            let own = values(own);
+            T::of(own).chunks_exact_mut(inputs.len()).zip(x).for_each(|(to, x)| round(level, x, to));
+            // SAFETY: as of this function.
+            unsafe { self.put(level, rows, columns, own, stride) };
+        });
     }
 }
 

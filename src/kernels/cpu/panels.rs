@@ -154,7 +154,7 @@ impl Weight {
 
     fn multiply<L: Line>(&self, ops: &CpuOps, lines: &[L], x: &Inputs<'_>, target: Target<'_>) {
         self.look_ahead(ops, lines, &target);
-        Product { level: ops.level, lines, stride: L::count(self.inputs), inputs: self.inputs, x: x.wide() }.fill(ops, &target);
+        Product::<_, false> { level: ops.level, lines, stride: L::count(self.inputs), inputs: self.inputs, x: x.wide() }.fill(ops, &target);
     }
 }
 

@@ -1,20 +1,20 @@
-//! Products by vectors: rows in strips times panels of any type, inputs ascending.
+//! Products by vectors: rows in strips times panels of any type, inputs ascending or in AMX's order.
 
 use super::{
     CpuOps, ahead,
     isa::{Isa, Level, Task},
-    line::{F32, Factor, LANES},
+    line::{BLOCK, F32, Factor, LANES},
     scratch::local,
     target::{Bands, Place, Target},
-    tile::{After, Next, ROWS, Tiles, is_wide, multiply, tiled},
+    tile::{Fetch, Next, ROWS, Soon, Sums, Tiles, alternate, is_wide, multiply, tiled},
 };
 use std::ops::Range;
 
 /// Inputs of [`Bands::most`] rows that stay in the second-level cache (240 kB) while all panels pass by.
 const DEPTH: usize = 640;
 
-/// A product.
-pub(super) struct Product<'a, L> {
+/// A product, in AMX's order ([`alternate`]) if `AMX`: then of whole blocks of inputs.
+pub(super) struct Product<'a, L, const AMX: bool> {
     pub level: Level,
     pub lines: &'a [L],
     /// Lines of a panel.
@@ -24,7 +24,7 @@ pub(super) struct Product<'a, L> {
     pub x: &'a [f32],
 }
 
-impl<L: Factor> Product<'_, L> {
+impl<L: Factor, const AMX: bool> Product<'_, L, AMX> {
     pub(super) fn fill(&self, ops: &CpuOps, target: &Target<'_>) {
         debug_assert_eq!(self.x.len(), target.rows() * self.inputs);
         // SAFETY: a block accesses the outputs that it is given.
@@ -43,7 +43,7 @@ impl<L: Factor> Product<'_, L> {
         // Few rows: the panels stream by once, as many side by side as the tile has. Many: a panel or four stay in the cache for all
         // rows of the band.
         let few = band.len() <= ROWS;
-        let depth = if few { inputs } else { inputs.div_ceil(inputs.div_ceil(DEPTH)).next_multiple_of(2) };
+        let depth = if few { inputs } else { inputs.div_ceil(inputs.div_ceil(DEPTH)).next_multiple_of(BLOCK) };
         let group = if few { panels.len().max(1) } else { Bands::of(level).panels };
         for from in (0..inputs).step_by(depth) {
             let depth = from..inputs.min(from + depth);
@@ -84,7 +84,8 @@ impl<L: Factor> Product<'_, L> {
     ) {
         for row in band.clone().step_by(ROWS) {
             let x = &self.x[row * self.inputs..];
-            let strip = Strip { x, width: self.inputs, place, lines, stride, row, panels: panels.clone(), inputs: inputs.clone() };
+            let strip =
+                Strip::<M, AMX> { x, width: self.inputs, place, lines, stride, row, panels: panels.clone(), inputs: inputs.clone() };
             match band.len() <= ROWS {
                 true if self.level.is_one_stream() => tiled!(self.level, band.end - row, strip.stream(self.level)),
                 few => tiled!(self.level, band.end - row, strip.run(self.level, few)),
@@ -94,7 +95,7 @@ impl<L: Factor> Product<'_, L> {
 }
 
 /// Adds the products of `inputs` to the outputs of `panels` for some rows. No other thread accesses these outputs meanwhile.
-struct Strip<'a, L> {
+struct Strip<'a, L, const AMX: bool> {
     /// From its first row on.
     x: &'a [f32],
     /// All inputs of a row.
@@ -107,10 +108,11 @@ struct Strip<'a, L> {
     inputs: Range<usize>,
 }
 
-impl<L: Factor> Strip<'_, L> {
+impl<L: Factor, const AMX: bool> Strip<'_, L, AMX> {
     fn run<const R: usize, const C: usize>(&self, level: Level, is_read_once: bool) {
-        // Lines that are read once: where they come in one stream, or vectors are wide, the processor does not look far enough ahead.
-        match is_read_once && (C == 1 || level.is_wide()) {
+        // Lines that are read once: where they come in one stream or block by block, or vectors are wide, the processor does not look far
+        // enough ahead.
+        match is_read_once && (C == 1 || AMX || level.is_wide()) {
             true => self.columns::<R, C, SOON>(level),
             false => self.columns::<R, C, NEVER>(level),
         }
@@ -130,21 +132,21 @@ impl<L: Factor> Strip<'_, L> {
 
     fn columns<const R: usize, const C: usize, const AHEAD: u8>(&self, level: Level) {
         match L::DOTS {
-            true => level.dots(Columns::<L, R, C, AHEAD>(self)),
-            false => level.run(Columns::<L, R, C, AHEAD>(self)),
+            true => level.dots(Columns::<L, R, C, AHEAD, AMX>(self)),
+            false => level.run(Columns::<L, R, C, AHEAD, AMX>(self)),
         }
     }
 }
 
-/// Which lines a tile asks for: none, those that come 2 kB later, those of the next tile.
+/// Which lines a tile asks for: none, those that come soon after, those of the next tile.
 const NEVER: u8 = 0;
 const SOON: u8 = 1;
 const NEXT: u8 = 2;
 
 /// A strip of `R` rows, `C` panels at a time.
-struct Columns<'a, L, const R: usize, const C: usize, const AHEAD: u8>(&'a Strip<'a, L>);
+struct Columns<'a, L, const R: usize, const C: usize, const AHEAD: u8, const AMX: bool>(&'a Strip<'a, L, AMX>);
 
-impl<L: Factor, const R: usize, const C: usize, const AHEAD: u8> Task for Columns<'_, L, R, C, AHEAD> {
+impl<L: Factor, const R: usize, const C: usize, const AHEAD: u8, const AMX: bool> Task for Columns<'_, L, R, C, AHEAD, AMX> {
     type Out = ();
     const NARROW: bool = !Self::WIDE;
     // Two panels that ask ahead are those of `Strip::stream`.
@@ -156,7 +158,7 @@ impl<L: Factor, const R: usize, const C: usize, const AHEAD: u8> Task for Column
     }
 }
 
-impl<L: Factor, const R: usize, const C: usize, const AHEAD: u8> Tiles for Columns<'_, L, R, C, AHEAD> {
+impl<L: Factor, const R: usize, const C: usize, const AHEAD: u8, const AMX: bool> Tiles for Columns<'_, L, R, C, AHEAD, AMX> {
     #[inline(always)]
     fn tile<I: Isa, const N: usize>(&mut self, isa: I, panel: usize) {
         let &Strip { x, width, place, lines, stride, row, ref panels, ref inputs } = self.0;
@@ -179,10 +181,10 @@ impl<L: Factor, const R: usize, const C: usize, const AHEAD: u8> Tiles for Colum
             NEXT => {
                 // At the end of what the thread reads, this tile itself.
                 let next = panels[0].as_ptr().wrapping_add(if is_last && !place.goes_on() { 0 } else { N * stride });
-                multiply::<I, L, R, N, _>(isa, rows, panels, Next(next.cast()), &mut sums);
+                add::<I, L, R, N, AMX>(isa, rows, panels, Next(next.cast()), &mut sums);
             }
-            SOON => multiply::<I, L, R, N, _>(isa, rows, panels, After::<2048>, &mut sums),
-            _ => multiply::<I, L, R, N, _>(isa, rows, panels, (), &mut sums),
+            SOON => add::<I, L, R, N, AMX>(isa, rows, panels, Soon((N - 1) * stride * size_of::<L>()), &mut sums),
+            _ => add::<I, L, R, N, AMX>(isa, rows, panels, (), &mut sums),
         }
         for r in 0..R {
             for c in 0..N {
@@ -190,6 +192,21 @@ impl<L: Factor, const R: usize, const C: usize, const AHEAD: u8> Tiles for Colum
                 unsafe { place.store(isa, sums[r][c], row + r, panel + c) };
             }
         }
+    }
+}
+
+/// Adds products in the order that is asked for.
+#[inline(always)]
+fn add<I: Isa, L: Factor, const R: usize, const C: usize, const AMX: bool>(
+    isa: I,
+    rows: &[[f32; R]],
+    panels: [&[L]; C],
+    fetch: impl Fetch,
+    sums: &mut Sums<I, R, C>,
+) {
+    match AMX {
+        true => alternate(isa, rows, panels, fetch, sums),
+        false => multiply(isa, rows, panels, fetch, sums),
     }
 }
 

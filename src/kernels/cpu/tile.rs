@@ -3,8 +3,11 @@
 //! Every output is accumulated alone, inputs ascending, with one fused multiply-add each, starting from its own sum. So its bits depend
 //! neither on the shape of the tile nor on where a long product is cut.
 
-use super::{isa::Isa, line::Factor};
-use std::ops::Range;
+use super::{
+    isa::Isa,
+    line::{BLOCK, Factor, LANES},
+};
+use std::{hint::black_box, ops::Range};
 
 /// Sums of `R` rows with `C` panels, in registers.
 pub(super) type Sums<I, const R: usize, const C: usize> = [[<I as Isa>::Lanes; C]; R];
@@ -89,15 +92,17 @@ impl Fetch for () {
     fn fetch<I: Isa, P, const C: usize>(self, _: I, _: &[&[P]; C], _: usize) {}
 }
 
-/// So many bytes after each of them.
+/// What comes 2 kB after each of them. After the end of a panel, that is what the next tile has of it, so many bytes later.
 #[derive(Clone, Copy)]
-pub(super) struct After<const BYTES: usize>;
+pub(super) struct Soon(pub usize);
 
-impl<const BYTES: usize> Fetch for After<BYTES> {
+impl Fetch for Soon {
     #[inline(always)]
     fn fetch<I: Isa, P, const C: usize>(self, isa: I, panels: &[&[P]; C], i: usize) {
+        const BYTES: usize = 2048;
+        let over = if i + BYTES / size_of::<P>() < panels[0].len() { 0 } else { self.0 };
         for panel in panels {
-            lines(isa, (&raw const panel[i]).cast::<u8>().wrapping_add(BYTES), size_of::<P>());
+            lines(isa, (&raw const panel[i]).cast::<u8>().wrapping_add(BYTES + over), size_of::<P>());
         }
     }
 }
@@ -121,6 +126,63 @@ fn lines<I: Isa>(isa: I, from: *const u8, bytes: usize) {
     }
 }
 
+/// Rows, and panels of as many inputs, two inputs at a time.
+struct Twos<'a, L: Factor, X: Rows<R>, const R: usize, const C: usize> {
+    rows: X,
+    values: X::Pairs,
+    lines: [&'a [L::Pair]; C],
+    /// What an odd number of inputs leaves.
+    rest: [&'a [L]; C],
+    count: usize,
+}
+
+impl<'a, L: Factor, X: Rows<R>, const R: usize, const C: usize> Twos<'a, L, X, R, C> {
+    #[inline(always)]
+    fn new(rows: X, panels: [&'a [L]; C]) -> Self {
+        // Loops, not closures: those would be compiled for the baseline where they are not inlined.
+        let (inputs, count) = (rows.inputs(), rows.inputs() / 2);
+        let (first, last) = L::pairs(panels[0], inputs);
+        let (mut lines, mut rest) = ([first; C], [last; C]);
+        for c in 1..C {
+            (lines[c], rest[c]) = L::pairs(panels[c], inputs);
+        }
+        // All of one length, so that no access below is checked.
+        for lines in &mut lines {
+            *lines = &lines[..count];
+        }
+        Self { rows, values: rows.pairs(count), lines, rest, count }
+    }
+
+    /// Adds the products of one input of pair `i`.
+    #[inline(always)]
+    fn add<I: Isa>(&self, isa: I, i: usize, input: usize, sums: &mut Sums<I, R, C>) {
+        let mut lines = [L::widen(&self.lines[0][i], input, isa); C];
+        for c in 1..C {
+            lines[c] = L::widen(&self.lines[c][i], input, isa);
+        }
+        for r in 0..R {
+            for c in 0..C {
+                sums[r][c] = L::add(isa, lines[c], X::get(&self.values, i, input, r), sums[r][c]);
+            }
+        }
+    }
+
+    /// Adds the products of an input without another.
+    #[inline(always)]
+    fn add_rest<I: Isa>(&self, isa: I, sums: &mut Sums<I, R, C>) {
+        if self.rows.inputs() > 2 * self.count {
+            for c in 0..C {
+                if let Some(line) = self.rest[c].first() {
+                    let line = line.first(isa);
+                    for r in 0..R {
+                        sums[r][c] = L::add(isa, line, self.rows.last(r), sums[r][c]);
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// Adds to `sums` the products of rows with panels, all of as many inputs as the rows have.
 #[inline(always)]
 pub(super) fn multiply<I: Isa, L: Factor, const R: usize, const C: usize, X: Rows<R>>(
@@ -130,41 +192,70 @@ pub(super) fn multiply<I: Isa, L: Factor, const R: usize, const C: usize, X: Row
     fetch: impl Fetch,
     sums: &mut Sums<I, R, C>,
 ) {
-    // Loops, not closures: those would be compiled for the baseline where they are not inlined.
-    let inputs = rows.inputs();
-    let (first, rest) = L::pairs(panels[0], inputs);
-    let (mut pairs, mut rests) = ([first; C], [rest; C]);
-    for c in 1..C {
-        (pairs[c], rests[c]) = L::pairs(panels[c], inputs);
+    let twos = Twos::new(rows, panels);
+    for i in 0..twos.count {
+        fetch.fetch(isa, &twos.lines, i);
+        twos.add(isa, i, 0, sums);
+        twos.add(isa, i, 1, sums);
     }
-    // All of one length, so that no access below is checked.
-    let count = inputs / 2;
-    for pairs in &mut pairs {
-        *pairs = &pairs[..count];
-    }
-    let twos = rows.pairs(count);
-    for i in 0..count {
-        fetch.fetch(isa, &pairs, i);
-        for input in 0..2 {
-            let mut lines = [L::widen(&pairs[0][i], input, isa); C];
-            for c in 1..C {
-                lines[c] = L::widen(&pairs[c][i], input, isa);
-            }
-            for r in 0..R {
-                for c in 0..C {
-                    sums[r][c] = L::add(isa, lines[c], X::get(&twos, i, input, r), sums[r][c]);
-                }
-            }
+    twos.add_rest(isa, sums);
+}
+
+/// As [`multiply`], in the order of AMX's instruction for products of bf16 (TDPBF16PS in Intel's manual): of 32 inputs the even ones and
+/// the odd ones are summed apart, each from zero, and then both together are added.
+#[inline(always)]
+pub(super) fn alternate<I: Isa, L: Factor, const R: usize, const C: usize, X: Rows<R>>(
+    isa: I,
+    rows: X,
+    panels: [&[L]; C],
+    fetch: impl Fetch,
+    sums: &mut Sums<I, R, C>,
+) {
+    let twos = Twos::new(rows, panels);
+    for from in (0..rows.inputs().div_ceil(2)).step_by(BLOCK / 2) {
+        let end = twos.count.min(from + BLOCK / 2);
+        let (mut even, mut odd) = ([[isa.load(&[0.0; LANES]); C]; R], [[isa.load(&[0.0; LANES]); C]; R]);
+        for i in from..end {
+            fetch.fetch(isa, &twos.lines, i);
+            twos.add(isa, i, 0, &mut even);
         }
+        if end < from + BLOCK / 2 {
+            twos.add_rest(isa, &mut even);
+        }
+        // To memory, where the compiler would otherwise keep what the next loop has registers for.
+        let even = black_box(even);
+        black_box(&mut *sums);
+        for i in from..end {
+            twos.add(isa, i, 1, &mut odd);
+        }
+        both(isa, even, odd, sums);
     }
-    if inputs > 2 * count {
+}
+
+/// Adds the products of the even inputs to the first sums and those of the odd ones to the others, which [`both`] joins.
+#[inline(always)]
+pub(super) fn apart<I: Isa, L: Factor, const R: usize, const C: usize, X: Rows<R>>(
+    isa: I,
+    rows: X,
+    panels: [&[L]; C],
+    [even, odd]: [&mut Sums<I, R, C>; 2],
+) {
+    let twos = Twos::new(rows, panels);
+    for i in 0..twos.count {
+        twos.add(isa, i, 0, even);
+    }
+    twos.add_rest(isa, even);
+    for i in 0..twos.count {
+        twos.add(isa, i, 1, odd);
+    }
+}
+
+/// Adds the sums over even and over odd inputs.
+#[inline(always)]
+pub(super) fn both<I: Isa, const R: usize, const C: usize>(isa: I, even: Sums<I, R, C>, odd: Sums<I, R, C>, sums: &mut Sums<I, R, C>) {
+    for r in 0..R {
         for c in 0..C {
-            if let Some(line) = rests[c].first() {
-                let line = line.first(isa);
-                for r in 0..R {
-                    sums[r][c] = L::add(isa, line, rows.last(r), sums[r][c]);
-                }
-            }
+            sums[r][c] = isa.mul_add(isa.mul_add(even[r][c], 1.0, odd[r][c]), 1.0, sums[r][c]);
         }
     }
 }
