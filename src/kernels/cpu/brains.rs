@@ -118,7 +118,7 @@ impl Unit {
                 let x = x.halves();
                 // SAFETY: a block's outputs are those that it is given.
                 unsafe {
-                    target.fill(ops, inputs, depth / 2 * size_of::<Bf16>(), &amx.bands(), |rows, panels, place| {
+                    target.fill(ops, lines, depth / 2, inputs, &amx.bands(), |rows, panels, place| {
                         amx.product(&super::amx::Block { x, lines, depth, place, rows, panels });
                     });
                 }
@@ -266,7 +266,8 @@ mod tests {
         fn product(&self, (unit, level): (Unit, Level), threads: usize, rows: Range<usize>) -> Vec<f32> {
             let (ops, x) = (ops(level, threads), &self.x[rows.start * self.inputs..rows.end * self.inputs]);
             let mut y = vec![f32::NAN; rows.len() * self.outputs];
-            let target = Target::new(rows.len(), self.outputs, None, Then::Write(Shares::new(&mut y)));
+            let next = Default::default();
+            let target = Target::new(rows.len(), self.outputs, None, &next, Then::Write(Shares::new(&mut y)));
             ops.team.hold(|| {
                 unit.multiply(&ops, self.inputs, &self.lines, &Inputs::of(&ops, unit.form(), x, self.inputs, None), &target);
             });

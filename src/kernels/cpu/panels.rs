@@ -8,9 +8,8 @@ use super::{
     inputs::{Form, Inputs},
     line::{Bf16, F16, F32, LANES, Line},
     product::Product,
-    target::{Bands, Target, Then},
+    target::{Target, Then},
     threads::Team,
-    tile::ROWS,
 };
 use crate::{error::Result, kernels::Matrix};
 use candle_core::{DType, Error};
@@ -117,27 +116,13 @@ impl Weight {
 
     /// `x * weight^T + bias`, of `(rows, inputs)`.
     pub(super) fn product(&self, ops: &CpuOps, x: &Inputs<'_>, then: Then<'_>) {
-        let target = Target::new(x.rows(), self.outputs, self.bias.as_deref(), then);
+        let target = Target::new(x.rows(), self.outputs, self.bias.as_deref(), &self.next, then);
         match &self.panels {
-            Panels::F32(lines) => self.multiply(ops, lines, x, target),
-            Panels::Bf16(lines) if ops.dtype == DType::BF16 => {
-                self.look_ahead(ops, lines, &target);
-                brains::multiply(ops, self.inputs, lines, x, &target);
-            }
-            Panels::Bf16(lines) => self.multiply(ops, lines, x, target),
-            Panels::F16(lines) => self.multiply(ops, lines, x, target),
+            Panels::F32(lines) => self.multiply(ops, lines, x, &target),
+            Panels::Bf16(lines) if ops.dtype == DType::BF16 => brains::multiply(ops, self.inputs, lines, x, &target),
+            Panels::Bf16(lines) => self.multiply(ops, lines, x, &target),
+            Panels::F16(lines) => self.multiply(ops, lines, x, &target),
         }
-    }
-
-    /// Has threads that wait read the beginning of the next product's weights, if there are few rows: many take longer than reading.
-    fn look_ahead<L: Line>(&self, ops: &CpuOps, lines: &[L], target: &Target<'_>) {
-        if target.rows() > ROWS {
-            return ops.team.ahead().set(&Stream::default());
-        }
-        let bytes = L::count(self.inputs) * size_of::<L>();
-        let cut = target.cut(&ops.team, self.inputs, bytes, &Bands::of(ops.level));
-        ops.trail.step(&self.next, lines, bytes, &cut);
-        ops.team.ahead().set(&self.next);
     }
 
     fn gather<L: Line>(&self, team: &Team, lines: &[L], ids: &[u32], rows: &mut [f32]) {
@@ -152,9 +137,8 @@ impl Weight {
         });
     }
 
-    fn multiply<L: Line>(&self, ops: &CpuOps, lines: &[L], x: &Inputs<'_>, target: Target<'_>) {
-        self.look_ahead(ops, lines, &target);
-        Product::<_, false> { level: ops.level, lines, stride: L::count(self.inputs), inputs: self.inputs, x: x.wide() }.fill(ops, &target);
+    fn multiply<L: Line>(&self, ops: &CpuOps, lines: &[L], x: &Inputs<'_>, target: &Target<'_>) {
+        Product::<_, false> { level: ops.level, lines, stride: L::count(self.inputs), inputs: self.inputs, x: x.wide() }.fill(ops, target);
     }
 }
 

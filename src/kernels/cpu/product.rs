@@ -29,8 +29,8 @@ impl<L: Factor, const AMX: bool> Product<'_, L, AMX> {
         debug_assert_eq!(self.x.len(), target.rows() * self.inputs);
         // SAFETY: a block accesses the outputs that it is given.
         unsafe {
-            let bytes = self.stride * size_of::<L>();
-            target.fill(ops, self.inputs, bytes, &Bands::of(ops.level), |rows, panels, place| self.block(rows, panels, place));
+            let bands = Bands::of(ops.level);
+            target.fill(ops, self.lines, self.stride, self.inputs, &bands, |rows, panels, place| self.block(rows, panels, place));
         }
     }
 

@@ -2,6 +2,7 @@
 
 use super::{
     CpuOps,
+    ahead::Stream,
     inputs::Writer,
     isa::{Isa, Level, Task, by_vectors},
     line::{F32, LANES},
@@ -12,13 +13,15 @@ use super::{
     tile::ROWS,
 };
 use crate::kernels::Activation;
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 /// The outputs of a product, `(rows, width)`.
 pub(super) struct Target<'a> {
     rows: usize,
     width: usize,
     bias: Option<&'a [f32]>,
+    /// What is read after the weight.
+    next: &'a Arc<Stream>,
     then: Then<'a>,
 }
 
@@ -63,23 +66,34 @@ impl Bands {
 }
 
 impl<'a> Target<'a> {
-    pub(super) fn new(rows: usize, width: usize, bias: Option<&'a [f32]>, then: Then<'a>) -> Self {
-        Self { rows, width, bias, then }
+    pub(super) fn new(rows: usize, width: usize, bias: Option<&'a [f32]>, next: &'a Arc<Stream>, then: Then<'a>) -> Self {
+        Self { rows, width, bias, next, then }
     }
 
-    /// Has threads compute all outputs, each the panels of some rows by `f`. A panel is `inputs` inputs in `bytes` bytes of memory.
+    /// Has threads compute all outputs, each the panels of some rows by `f`. A panel is so many of `lines`, with so many inputs. Threads
+    /// that wait meanwhile read the beginning of the next weight.
     ///
     /// # Safety
     /// `f` accesses no other outputs of its place than those that it is given.
-    pub(super) unsafe fn fill(
+    pub(super) unsafe fn fill<L>(
         &self,
         ops: &CpuOps,
+        lines: &[L],
+        panel: usize,
         inputs: usize,
-        bytes: usize,
         bands: &Bands,
         f: impl Fn(Range<usize>, Range<usize>, &Place<'_>) + Sync,
     ) {
-        let Cut { bands: count, chunks, step } = self.cut(&ops.team, inputs, bytes, bands);
+        let bytes = panel * size_of::<L>();
+        let cut = self.cut(&ops.team, inputs, bytes, bands);
+        if self.rows > ROWS {
+            // Many rows take longer than reading.
+            ops.team.ahead().set(&Stream::default());
+        } else {
+            ops.trail.step(self.next, lines, bytes, &cut);
+            ops.team.ahead().set(self.next);
+        }
+        let Cut { bands: count, chunks, step } = cut;
         let panels = self.width.div_ceil(LANES);
         ops.team.run(count * chunks, |i| {
             let (rows, panels) = (part(self.rows, bands.step, count, i / chunks), part(panels, step, chunks, i % chunks));
@@ -103,7 +117,7 @@ impl<'a> Target<'a> {
     }
 
     /// How all outputs are cut.
-    pub(super) fn cut(&self, team: &Team, inputs: usize, bytes: usize, bands: &Bands) -> Cut {
+    fn cut(&self, team: &Team, inputs: usize, bytes: usize, bands: &Bands) -> Cut {
         let (rows, panels) = (self.rows, self.width.div_ceil(LANES));
         let count = rows.div_ceil(bands.most).max(1);
         let wanted = match team.worth(self.width * inputs * rows) {
