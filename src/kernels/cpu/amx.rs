@@ -118,7 +118,7 @@ unsafe fn two(block: &Block<'_>, tile: &Tile, panels: [usize; 2], inputs: &Range
         for (panel, sums) in panels.into_iter().zip(&mut sums) {
             for (row, sums) in rows.clone().zip(sums) {
                 // SAFETY: as of this function.
-                let y = unsafe { block.place.outputs(row, panel) };
+                let y = unsafe { block.place.outputs(row, panel, 1) };
                 sums[..y.len()].copy_from_slice(y);
             }
         }
@@ -205,7 +205,7 @@ unsafe fn two(block: &Block<'_>, tile: &Tile, panels: [usize; 2], inputs: &Range
     for (panel, sums) in panels.into_iter().zip(&sums) {
         for (row, sums) in rows.clone().zip(sums).skip(kept - rows.start) {
             // SAFETY: as of this function.
-            let y = unsafe { block.place.outputs(row, panel) };
+            let y = unsafe { block.place.outputs(row, panel, 1) };
             y.iter_mut().zip(sums).for_each(|(y, sum)| *y = *sum);
         }
     }

@@ -82,33 +82,37 @@ impl<L: Factor, const AMX: bool> Product<'_, L, AMX> {
         inputs: Range<usize>,
         place: &Place<'_>,
     ) {
-        for row in band.clone().step_by(ROWS) {
-            let x = &self.x[row * self.inputs..];
-            let strip =
-                Strip::<M, AMX> { x, width: self.inputs, place, lines, stride, row, panels: panels.clone(), inputs: inputs.clone() };
-            match band.len() <= ROWS {
-                true if self.level.is_one_stream() => tiled!(self.level, band.end - row, strip.stream(self.level)),
-                few => tiled!(self.level, band.end - row, strip.run(self.level, few)),
+        let (few, whole) = (band.len() <= ROWS, band.len() / ROWS * ROWS);
+        for rows in [band.start..band.start + whole, band.start + whole..band.end] {
+            if rows.is_empty() {
+                continue;
+            }
+            let (count, panels, inputs) = (rows.len().min(ROWS), panels.clone(), inputs.clone());
+            let strips = Strips::<M, AMX> { x: self.x, width: self.inputs, place, lines, stride, rows, panels, inputs };
+            match few {
+                true if self.level.is_one_stream() => tiled!(self.level, count, strips.stream(self.level)),
+                _ => tiled!(self.level, count, strips.run(self.level, few)),
             }
         }
     }
 }
 
-/// Adds the products of `inputs` to the outputs of `panels` for some rows. No other thread accesses these outputs meanwhile.
-struct Strip<'a, L, const AMX: bool> {
-    /// From its first row on.
+/// Adds the products of `inputs` to the outputs of `panels` for some rows: strips of [`ROWS`], or a last one of fewer. No other thread
+/// accesses these outputs meanwhile.
+struct Strips<'a, L, const AMX: bool> {
+    /// Of all rows.
     x: &'a [f32],
     /// All inputs of a row.
     width: usize,
     place: &'a Place<'a>,
     lines: &'a [L],
     stride: usize,
-    row: usize,
+    rows: Range<usize>,
     panels: Range<usize>,
     inputs: Range<usize>,
 }
 
-impl<L: Factor, const AMX: bool> Strip<'_, L, AMX> {
+impl<L: Factor, const AMX: bool> Strips<'_, L, AMX> {
     fn run<const R: usize, const C: usize>(&self, level: Level, is_read_once: bool) {
         // Lines that are read once: where they come in one stream or block by block, or vectors are wide, the processor does not look far
         // enough ahead.
@@ -132,8 +136,8 @@ impl<L: Factor, const AMX: bool> Strip<'_, L, AMX> {
 
     fn columns<const R: usize, const C: usize, const AHEAD: u8>(&self, level: Level) {
         match L::DOTS {
-            true => level.dots(Columns::<L, R, C, AHEAD, AMX>(self)),
-            false => level.run(Columns::<L, R, C, AHEAD, AMX>(self)),
+            true => level.dots(Columns::<L, R, C, AHEAD, AMX>(self, 0)),
+            false => level.run(Columns::<L, R, C, AHEAD, AMX>(self, 0)),
         }
     }
 }
@@ -143,38 +147,39 @@ const NEVER: u8 = 0;
 const SOON: u8 = 1;
 const NEXT: u8 = 2;
 
-/// A strip of `R` rows, `C` panels at a time.
-struct Columns<'a, L, const R: usize, const C: usize, const AHEAD: u8, const AMX: bool>(&'a Strip<'a, L, AMX>);
+/// Strips of `R` rows, `C` panels at a time.
+struct Columns<'a, L, const R: usize, const C: usize, const AHEAD: u8, const AMX: bool>(&'a Strips<'a, L, AMX>, usize);
 
 impl<L: Factor, const R: usize, const C: usize, const AHEAD: u8, const AMX: bool> Task for Columns<'_, L, R, C, AHEAD, AMX> {
     type Out = ();
     const NARROW: bool = !Self::WIDE;
-    // Two panels that ask ahead are those of `Strip::stream`.
+    // Two panels that ask ahead are those of `Strips::stream`.
     const WIDE: bool = is_wide(R, C) || AHEAD != NEVER && C == 2;
 
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
-        self.walk::<I, C>(isa, self.0.panels.clone());
+        for row in self.0.rows.clone().step_by(R) {
+            self.1 = row;
+            self.walk::<I, C>(isa, self.0.panels.clone());
+        }
     }
 }
 
 impl<L: Factor, const R: usize, const C: usize, const AHEAD: u8, const AMX: bool> Tiles for Columns<'_, L, R, C, AHEAD, AMX> {
     #[inline(always)]
     fn tile<I: Isa, const N: usize>(&mut self, isa: I, panel: usize) {
-        let &Strip { x, width, place, lines, stride, row, ref panels, ref inputs } = self.0;
+        let Self(&Strips { x, width, place, lines, stride, ref panels, ref inputs, .. }, row) = *self;
         let (first, is_last) = (panel - panels.start, panel + N == panels.end);
         let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
-        let rows = &x[..R * width].as_chunks::<R>().0[inputs.clone()];
+        let rows = &x[row * width..][..R * width].as_chunks::<R>().0[inputs.clone()];
         let mut panels = [&lines[..0]; N];
         for c in 0..N {
             panels[c] = &lines[(first + c) * stride..];
         }
-        for r in 0..R {
-            if inputs.start > 0 {
-                for c in 0..N {
-                    // SAFETY: the rows and outputs are those of this strip.
-                    sums[r][c] = unsafe { place.load(isa, row + r, panel + c) };
-                }
+        if inputs.start > 0 {
+            for r in 0..R {
+                // SAFETY: the rows and outputs are those of this strip.
+                sums[r] = unsafe { place.load(isa, row + r, panel) };
             }
         }
         match AHEAD {
@@ -187,10 +192,8 @@ impl<L: Factor, const R: usize, const C: usize, const AHEAD: u8, const AMX: bool
             _ => add::<I, L, R, N, AMX>(isa, rows, panels, (), &mut sums),
         }
         for r in 0..R {
-            for c in 0..N {
-                // SAFETY: as above.
-                unsafe { place.store(isa, sums[r][c], row + r, panel + c) };
-            }
+            // SAFETY: as above.
+            unsafe { place.store(isa, &sums[r], row + r, panel) };
         }
     }
 }

@@ -247,14 +247,16 @@ impl<'a> Place<'a> {
         self.stride
     }
 
+    /// The outputs of so many panels in a row; the last one may be cut off.
+    ///
     /// # Safety
-    /// No other thread accesses the outputs of this panel in this row meanwhile.
+    /// No other thread accesses them meanwhile.
     #[inline(always)]
     #[allow(clippy::mut_from_ref)]
-    pub(super) unsafe fn outputs(&self, row: usize, panel: usize) -> &mut [f32] {
+    pub(super) unsafe fn outputs(&self, row: usize, panel: usize, count: usize) -> &mut [f32] {
         let (start, first) = ((row - self.row) * self.stride, (panel - self.panel) * LANES);
         // SAFETY: as of this function.
-        unsafe { self.y.slice(start + first..start + self.width.min(first + LANES)) }
+        unsafe { self.y.slice(start + first..start + self.width.min(first + count * LANES)) }
     }
 
     /// Where the outputs of a whole panel begin in the first of some rows; nothing if they are not all inside.
@@ -271,29 +273,46 @@ impl<'a> Place<'a> {
     /// # Safety
     /// As of [`Self::outputs`].
     #[inline(always)]
-    pub(super) unsafe fn load<I: Isa>(&self, isa: I, row: usize, panel: usize) -> I::Lanes {
+    pub(super) unsafe fn load<I: Isa, const C: usize>(&self, isa: I, row: usize, panel: usize) -> [I::Lanes; C] {
         // SAFETY: as of this function.
-        let y = unsafe { self.outputs(row, panel) };
-        if let Ok(y) = <&[f32; LANES]>::try_from(&*y) {
-            return isa.load(y);
+        let y = unsafe { self.outputs(row, panel, C) };
+        let mut sums = [isa.load(&[0.0; LANES]); C];
+        let (lines, last) = y.as_chunks::<LANES>();
+        match <&[[f32; LANES]; C]>::try_from(lines) {
+            Ok(lines) => {
+                for c in 0..C {
+                    sums[c] = isa.load(&lines[c]);
+                }
+            }
+            Err(_) => {
+                let mut own = [[0.0; LANES]; C];
+                own[..lines.len()].copy_from_slice(lines);
+                own[lines.len()][..last.len()].copy_from_slice(last);
+                for c in 0..C {
+                    sums[c] = isa.load(&own[c]);
+                }
+            }
         }
-        let mut lanes = [0.0; LANES];
-        lanes[..y.len()].copy_from_slice(y);
-        isa.load(&lanes)
+        sums
     }
 
     /// # Safety
     /// As of [`Self::outputs`].
     #[inline(always)]
-    pub(super) unsafe fn store<I: Isa>(&self, isa: I, sums: I::Lanes, row: usize, panel: usize) {
+    pub(super) unsafe fn store<I: Isa, const C: usize>(&self, isa: I, sums: &[I::Lanes; C], row: usize, panel: usize) {
         // SAFETY: as of this function.
-        let y = unsafe { self.outputs(row, panel) };
-        if let Ok(y) = <&mut [f32; LANES]>::try_from(&mut *y) {
-            return isa.store(sums, y);
+        let y = unsafe { self.outputs(row, panel, C) };
+        if let Ok(lines) = <&mut [[f32; LANES]; C]>::try_from(&mut *y.as_chunks_mut::<LANES>().0) {
+            for c in 0..C {
+                isa.store(sums[c], &mut lines[c]);
+            }
+            return;
         }
-        let mut lanes = [0.0; LANES];
-        isa.store(sums, &mut lanes);
-        y.copy_from_slice(&lanes[..y.len()]);
+        let mut own = [[0.0; LANES]; C];
+        for c in 0..C {
+            isa.store(sums[c], &mut own[c]);
+        }
+        y.copy_from_slice(&own.as_flattened()[..y.len()]);
     }
 }
 
