@@ -214,7 +214,10 @@ impl Level {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: this value comes from `all`, which has found AVX-512 F, BW, DQ and VL beside AVX2, FMA and F16C.
             Instructions::Avx512 | Instructions::Avx512Bf16 | Instructions::Amx if T::WIDE => unsafe { x86::avx512(task) },
-            _ => task.run(Portable),
+            _ => {
+                debug_assert_eq!(self, Self::PORTABLE, "compiled for other registers");
+                task.run(Portable)
+            }
         }
     }
 

@@ -147,13 +147,13 @@ const NEVER: u8 = 0;
 const SOON: u8 = 1;
 const NEXT: u8 = 2;
 
-/// Strips of `R` rows, `C` panels at a time.
+/// Strips of `R` rows, `C` panels at a time, and the first row of the one at hand.
 struct Columns<'a, L, const R: usize, const C: usize, const AHEAD: u8, const AMX: bool>(&'a Strips<'a, L, AMX>, usize);
 
 impl<L: Factor, const R: usize, const C: usize, const AHEAD: u8, const AMX: bool> Task for Columns<'_, L, R, C, AHEAD, AMX> {
     type Out = ();
-    const NARROW: bool = !Self::WIDE;
-    // Two panels that ask ahead are those of `Strips::stream`.
+    const NARROW: bool = !is_wide(R, C) && AHEAD != NEXT;
+    // Two panels that ask ahead are also those of `Strips::stream`.
     const WIDE: bool = is_wide(R, C) || AHEAD != NEVER && C == 2;
 
     #[inline(always)]

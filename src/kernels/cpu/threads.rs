@@ -121,7 +121,7 @@ impl Team {
     pub(super) fn run(&self, count: usize, f: impl Fn(usize) + Sync) {
         let is_one = count < 2 || self.workers.is_empty() || u32::try_from(count).is_err();
         // Only the holder gets as far as the flag, so nobody else can set it in between.
-        if is_one || !self.is_held() || self.shared.busy.swap(true, Relaxed) {
+        if is_one || !self.is_held() || self.shared.own.0.busy.swap(true, Relaxed) {
             return (0..count).for_each(f);
         }
         self.shared.run(count, &f);
@@ -129,7 +129,7 @@ impl Team {
 
     /// Whether the caller has the team.
     fn is_held(&self) -> bool {
-        self.shared.holder.load(Relaxed) == own()
+        self.shared.holder.load(Relaxed) == number()
     }
 
     /// `f(i, chunk)` for each chunk of `size` values, each chunk `work` multiply-adds.
@@ -213,6 +213,7 @@ struct Shared {
     /// One for each thread.
     posts: Box<[Apart<Post>]>,
     ahead: Apart<Ahead>,
+    own: Apart<Own>,
     /// Threads that sleep for want of work.
     asleep: AtomicUsize,
     /// How often sleepers were called.
@@ -226,10 +227,17 @@ struct Shared {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     queue: Mutex<Queue>,
     moved: Condvar,
-    /// The thread that has the team, by its [`own`] number.
+    /// The thread that has the team, by its [`number`].
     holder: AtomicUsize,
-    /// Whether an operation of the holder's is under way.
+}
+
+/// What the holder alone looks at.
+#[derive(Debug, Default)]
+struct Own {
+    /// Whether an operation is under way.
     busy: AtomicBool,
+    /// Pieces of all operations so far.
+    total: AtomicUsize,
 }
 
 /// A thread's share of an operation. All of it lies in one cache line, which goes from the holder to the thread once, and back once.
@@ -239,7 +247,7 @@ struct Post {
     pieces: AtomicU64,
     /// Written while no piece is under way, read by who has taken a piece and has not yet reported it.
     task: UnsafeCell<Option<Task>>,
-    /// Pieces that the thread has done and reports, whosever they were.
+    /// All pieces that the thread has ever done and reported, whosever they were. Nobody else writes it.
     done: AtomicUsize,
 }
 
@@ -276,31 +284,34 @@ impl Shared {
     fn run(&self, count: usize, f: &(dyn Fn(usize) + Sync)) {
         // SAFETY: only the lifetime changes. The pointer is followed only until every piece is done, which this waits for.
         let task = Task { f: unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(f) } };
-        // The holder's own post last: writes arrive in this order, and others wait for them.
+        let total = self.own.0.total.load(Relaxed).wrapping_add(count);
+        self.own.0.total.store(total, Relaxed);
+        // The holder's own post last: writes arrive in this order, and others wait for them. Whoever is early may take pieces of one while
+        // the next is not written.
         for (thread, Apart(post)) in self.posts.iter().enumerate().rev() {
             let Range { start, end } = self.range(count, thread);
             // SAFETY: the holder calls this, one operation at a time: every piece of the last one is reported, so nobody reads.
             unsafe { *post.task.get() = Some(task) };
-            post.done.store(0, Relaxed);
             post.pieces.store((start as u64) << 32 | end as u64, Release);
         }
+        // Who falls asleep at this moment is called for the next operation: until then others do its pieces.
         if self.asleep.load(Relaxed) > 0 {
             self.call();
         }
         self.work(0);
-        let done = || self.posts.iter().map(|Apart(post)| post.done.load(Acquire)).sum::<usize>() == count;
+        let done = || self.posts.iter().fold(0usize, |sum, Apart(post)| sum.wrapping_add(post.done.load(Acquire))) == total;
         self.ahead.0.read(0, self.posts.len(), done);
         if !spin(SPIN, done) {
             let mut calls = lock(&self.calls);
-            self.waiting.store(true, SeqCst);
-            // Whoever reports a piece looks afterwards whether anybody waits.
+            self.waiting.store(true, Relaxed);
+            // Whoever reports pieces looks afterwards whether anybody waits.
             fence(SeqCst);
             while !done() {
                 calls = self.done.wait(calls).unwrap_or_else(PoisonError::into_inner);
             }
             self.waiting.store(false, Relaxed);
         }
-        self.busy.store(false, Relaxed);
+        self.own.0.busy.store(false, Relaxed);
         let panic = lock(&self.panic).take();
         if let Some(panic) = panic {
             resume_unwind(panic);
@@ -331,8 +342,8 @@ impl Shared {
         }
         if done > 0 {
             let Apart(own) = &self.posts[thread];
-            // Nobody else writes it meanwhile.
-            own.done.store(own.done.load(Relaxed) + done, SeqCst);
+            own.done.store(own.done.load(Relaxed).wrapping_add(done), Release);
+            // The holder says that it waits before a last look at what is done.
             fence(SeqCst);
             if self.waiting.load(Relaxed) {
                 let _calls = lock(&self.calls);
@@ -415,7 +426,7 @@ impl<'a> Turn<'a> {
     }
 
     fn begin(shared: &'a Shared) -> Self {
-        shared.holder.store(own(), Relaxed);
+        shared.holder.store(number(), Relaxed);
         Self(shared)
     }
 }
@@ -433,10 +444,10 @@ impl Drop for Turn<'_> {
 }
 
 /// A number that no other thread has, and that is not 0.
-fn own() -> usize {
+fn number() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(1);
     thread_local!(static OWN: usize = NEXT.fetch_add(1, Relaxed));
-    OWN.with(|own| *own)
+    OWN.with(|number| *number)
 }
 
 /// Nothing that is locked here is left half-done by a panic.
