@@ -95,7 +95,7 @@ impl Team {
     }
 
     fn wake(&self) {
-        if self.shared.asleep.load(SeqCst) > 0 {
+        if self.shared.asleep.load(Relaxed) > 0 {
             self.shared.call();
         }
     }
@@ -153,7 +153,7 @@ impl Team {
 
 impl Drop for Team {
     fn drop(&mut self) {
-        self.shared.ending.store(true, SeqCst);
+        self.shared.ending.store(true, Relaxed);
         self.shared.call();
         for worker in self.workers.drain(..) {
             // It ended, and that is all there is to know.
@@ -245,7 +245,7 @@ struct Own {
 struct Post {
     /// Its pieces that nobody has taken yet: the first in the upper half, the end in the lower.
     pieces: AtomicU64,
-    /// Written while no piece is under way, read by who has taken a piece and has not yet reported it.
+    /// Written while nobody has a piece of this post, read by who has taken one and has not yet reported it.
     task: UnsafeCell<Option<Task>>,
     /// All pieces that the thread has ever done and reported, whosever they were. Nobody else writes it.
     done: AtomicUsize,
@@ -274,8 +274,8 @@ struct Task {
     f: *const (dyn Fn(usize) + Sync),
 }
 
-// SAFETY: `task` is written by the holder alone while no piece is under way, and read between taking a piece and reporting it as done:
-// never at the same time, and `pieces` and `done` order the two. What it points to is `Sync`.
+// SAFETY: a post's `task` is written by the holder alone while nobody has a piece of that post, and read between taking one and reporting
+// it as done: never at the same time, and `pieces` and `done` order the two. What it points to is `Sync`.
 unsafe impl Sync for Shared {}
 // SAFETY: as above; nothing belongs to a thread.
 unsafe impl Send for Shared {}
@@ -290,7 +290,8 @@ impl Shared {
         // the next is not written.
         for (thread, Apart(post)) in self.posts.iter().enumerate().rev() {
             let Range { start, end } = self.range(count, thread);
-            // SAFETY: the holder calls this, one operation at a time: every piece of the last one is reported, so nobody reads.
+            // SAFETY: the holder calls this, one operation at a time: every piece of the last one is reported, and of this one none of
+            // this post can be taken yet, so nobody reads.
             unsafe { *post.task.get() = Some(task) };
             post.pieces.store((start as u64) << 32 | end as u64, Release);
         }
@@ -361,12 +362,11 @@ impl Shared {
             if !spin(REST, is_open) {
                 let mut calls = lock(&self.calls);
                 let heard = *calls;
-                self.asleep.fetch_add(1, SeqCst);
-                fence(SeqCst);
+                self.asleep.fetch_add(1, Relaxed);
                 while *calls == heard && !is_open() && !self.ending.load(Relaxed) {
                     calls = self.alarm.wait(calls).unwrap_or_else(PoisonError::into_inner);
                 }
-                self.asleep.fetch_sub(1, SeqCst);
+                self.asleep.fetch_sub(1, Relaxed);
             }
         }
     }
