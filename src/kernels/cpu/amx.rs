@@ -7,7 +7,10 @@
 //! Rust's intrinsics for AMX are unstable, so this is assembly. The compiler itself never uses tiles.
 
 use super::{
+    inputs::round,
+    isa::Level,
     line::{BLOCK, Bf16, LANES},
+    scratch::{halves, local, values},
     target::{Bands, Place},
 };
 use std::{
@@ -62,6 +65,27 @@ impl Amx {
                 }
             }
         }
+    }
+
+    /// The products of rows, `shape` being their number and inputs, with all panels of `place`.
+    ///
+    /// # Safety
+    /// No other thread accesses these outputs meanwhile.
+    pub(super) unsafe fn alone<'a>(
+        self,
+        level: Level,
+        (rows, inputs): (usize, usize),
+        x: impl Fn(usize) -> &'a [f32],
+        lines: &[Bf16],
+        place: &Place<'_>,
+    ) {
+        let depth = inputs.next_multiple_of(BLOCK);
+        local((rows * depth).div_ceil(2 * LANES), |own| {
+            let own = &mut halves(values(own))[..rows * depth];
+            own.chunks_exact_mut(depth).enumerate().for_each(|(i, to)| round(level, x(i), to));
+            // SAFETY: as of this function.
+            unsafe { self.product(&Block { x: own, lines, depth, place, rows: 0..rows, panels: 0..place.panels() }) };
+        });
     }
 }
 

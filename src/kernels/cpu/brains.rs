@@ -7,11 +7,11 @@
 
 use super::{
     CpuOps,
-    inputs::{self, Form, Inputs},
+    inputs::{Form, Inputs},
     isa::{Isa, Level, Task},
-    line::{BLOCK, Bf16, Dots, LANES},
+    line::{BLOCK, Bf16, Dots},
     product::Product,
-    scratch::{halves, local, values},
+    scratch::halves,
     target::{Place, Target},
 };
 #[cfg(target_arch = "x86_64")]
@@ -85,21 +85,15 @@ impl Unit {
     pub(super) unsafe fn alone<'a>(
         self,
         level: Level,
-        (rows, inputs): (usize, usize),
+        shape: (usize, usize),
         x: impl Fn(usize) -> &'a [f32],
         lines: &[Bf16],
         place: &Place<'_>,
     ) {
         #[cfg(target_arch = "x86_64")]
         if let Self::Tiles(amx) = self {
-            let depth = inputs.next_multiple_of(BLOCK);
-            local((rows * depth).div_ceil(2 * LANES), |own| {
-                let own = &mut halves(values(own))[..rows * depth];
-                own.chunks_exact_mut(depth).enumerate().for_each(|(i, to)| inputs::round(level, x(i), to));
-                let block = super::amx::Block { x: own, lines, depth, place, rows: 0..rows, panels: 0..place.panels() };
-                // SAFETY: as of this function.
-                unsafe { amx.product(&block) };
-            });
+            // SAFETY: as of this function.
+            unsafe { amx.alone(level, shape, x, lines, place) };
         }
     }
 
@@ -219,7 +213,7 @@ impl Brain for u16 {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::{
-        super::{isa::tests::vectorised, noise, ops, target::Then, threads::Shares},
+        super::{isa::tests::vectorised, line::LANES, noise, ops, target::Then, threads::Shares},
         *,
     };
     use std::ops::Range;

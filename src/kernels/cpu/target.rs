@@ -276,22 +276,16 @@ impl<'a> Place<'a> {
     pub(super) unsafe fn load<I: Isa, const C: usize>(&self, isa: I, row: usize, panel: usize) -> [I::Lanes; C] {
         // SAFETY: as of this function.
         let y = unsafe { self.outputs(row, panel, C) };
-        let mut sums = [isa.load(&[0.0; LANES]); C];
-        let (lines, last) = y.as_chunks::<LANES>();
-        match <&[[f32; LANES]; C]>::try_from(lines) {
-            Ok(lines) => {
-                for c in 0..C {
-                    sums[c] = isa.load(&lines[c]);
-                }
-            }
+        let (mut own, mut sums) = ([[0.0; LANES]; C], [isa.load(&[0.0; LANES]); C]);
+        let lines = match <&[[f32; LANES]; C]>::try_from(y.as_chunks::<LANES>().0) {
+            Ok(lines) => lines,
             Err(_) => {
-                let mut own = [[0.0; LANES]; C];
-                own[..lines.len()].copy_from_slice(lines);
-                own[lines.len()][..last.len()].copy_from_slice(last);
-                for c in 0..C {
-                    sums[c] = isa.load(&own[c]);
-                }
+                own.as_flattened_mut()[..y.len()].copy_from_slice(y);
+                &own
             }
+        };
+        for c in 0..C {
+            sums[c] = isa.load(&lines[c]);
         }
         sums
     }
