@@ -1,7 +1,7 @@
-//! The product that everything is made of: rows times panels, inputs ascending.
+//! The product that everything is made of: rows times panels.
 //!
-//! Every output is accumulated alone, inputs ascending, with one fused multiply-add each, starting from its own sum. So its bits depend
-//! neither on the shape of the tile nor on where a long product is cut.
+//! Every output is accumulated alone, inputs ascending or in AMX's order, by fused multiply-adds, starting from its own sum. So its bits
+//! depend neither on the shape of the tile nor on where a long product is cut (in AMX's order: after a whole block of 32 inputs).
 
 use super::{
     isa::Isa,
