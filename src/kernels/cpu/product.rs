@@ -88,10 +88,10 @@ impl<L: Factor, const AMX: bool> Product<'_, L, AMX> {
                 continue;
             }
             let (count, panels, inputs) = (rows.len().min(ROWS), panels.clone(), inputs.clone());
-            let strips = Strips::<M, AMX> { x: self.x, width: self.inputs, place, lines, stride, rows, panels, inputs };
+            let sweep = Sweep::<M, AMX> { x: self.x, width: self.inputs, place, lines, stride, rows, panels, inputs };
             match few {
-                true if self.level.is_one_stream() => tiled!(self.level, count, strips.stream(self.level)),
-                _ => tiled!(self.level, count, strips.run(self.level, few)),
+                true if self.level.is_one_stream() => tiled!(self.level, count, sweep.stream(self.level)),
+                _ => tiled!(self.level, count, sweep.run(self.level, few)),
             }
         }
     }
@@ -99,7 +99,7 @@ impl<L: Factor, const AMX: bool> Product<'_, L, AMX> {
 
 /// Adds the products of `inputs` to the outputs of `panels` for some rows: strips of [`ROWS`], or a last one of fewer. No other thread
 /// accesses these outputs meanwhile.
-struct Strips<'a, L, const AMX: bool> {
+struct Sweep<'a, L, const AMX: bool> {
     /// Of all rows.
     x: &'a [f32],
     /// All inputs of a row.
@@ -112,7 +112,7 @@ struct Strips<'a, L, const AMX: bool> {
     inputs: Range<usize>,
 }
 
-impl<L: Factor, const AMX: bool> Strips<'_, L, AMX> {
+impl<L: Factor, const AMX: bool> Sweep<'_, L, AMX> {
     fn run<const R: usize, const C: usize>(&self, level: Level, is_read_once: bool) {
         // Lines that are read once: where they come in one stream or block by block, or vectors are wide, the processor does not look far
         // enough ahead.
@@ -148,12 +148,12 @@ const SOON: u8 = 1;
 const NEXT: u8 = 2;
 
 /// Strips of `R` rows, `C` panels at a time, and the first row of the one at hand.
-struct Columns<'a, L, const R: usize, const C: usize, const AHEAD: u8, const AMX: bool>(&'a Strips<'a, L, AMX>, usize);
+struct Columns<'a, L, const R: usize, const C: usize, const AHEAD: u8, const AMX: bool>(&'a Sweep<'a, L, AMX>, usize);
 
 impl<L: Factor, const R: usize, const C: usize, const AHEAD: u8, const AMX: bool> Task for Columns<'_, L, R, C, AHEAD, AMX> {
     type Out = ();
     const NARROW: bool = !is_wide(R, C) && AHEAD != NEXT;
-    // Two panels that ask ahead are also those of `Strips::stream`.
+    // Two panels that ask ahead are also those of `Sweep::stream`.
     const WIDE: bool = is_wide(R, C) || AHEAD != NEVER && C == 2;
 
     #[inline(always)]
@@ -168,7 +168,7 @@ impl<L: Factor, const R: usize, const C: usize, const AHEAD: u8, const AMX: bool
 impl<L: Factor, const R: usize, const C: usize, const AHEAD: u8, const AMX: bool> Tiles for Columns<'_, L, R, C, AHEAD, AMX> {
     #[inline(always)]
     fn tile<I: Isa, const N: usize>(&mut self, isa: I, panel: usize) {
-        let Self(&Strips { x, width, place, lines, stride, ref panels, ref inputs, .. }, row) = *self;
+        let Self(&Sweep { x, width, place, lines, stride, ref panels, ref inputs, .. }, row) = *self;
         let (first, is_last) = (panel - panels.start, panel + N == panels.end);
         let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
         let rows = &x[row * width..][..R * width].as_chunks::<R>().0[inputs.clone()];

@@ -276,18 +276,12 @@ impl<'a> Place<'a> {
     pub(super) unsafe fn load<I: Isa, const C: usize>(&self, isa: I, row: usize, panel: usize) -> [I::Lanes; C] {
         // SAFETY: as of this function.
         let y = unsafe { self.outputs(row, panel, C) };
-        let (mut own, mut sums) = ([[0.0; LANES]; C], [isa.load(&[0.0; LANES]); C]);
-        let lines = match <&[[f32; LANES]; C]>::try_from(y.as_chunks::<LANES>().0) {
-            Ok(lines) => lines,
-            Err(_) => {
-                own.as_flattened_mut()[..y.len()].copy_from_slice(y);
-                &own
-            }
-        };
-        for c in 0..C {
-            sums[c] = isa.load(&lines[c]);
+        if let Ok(lines) = <&[[f32; LANES]; C]>::try_from(y.as_chunks::<LANES>().0) {
+            return load(isa, lines);
         }
-        sums
+        let mut own = [[0.0; LANES]; C];
+        own.as_flattened_mut()[..y.len()].copy_from_slice(y);
+        load(isa, &own)
     }
 
     /// # Safety
@@ -308,6 +302,15 @@ impl<'a> Place<'a> {
         }
         y.copy_from_slice(&own.as_flattened()[..y.len()]);
     }
+}
+
+#[inline(always)]
+fn load<I: Isa, const C: usize>(isa: I, lines: &[[f32; LANES]; C]) -> [I::Lanes; C] {
+    let mut lanes = [isa.load(&lines[0]); C];
+    for c in 1..C {
+        lanes[c] = isa.load(&lines[c]);
+    }
+    lanes
 }
 
 /// Bytes of a stream of weights that are worth a piece of their own.

@@ -167,6 +167,27 @@ impl<'a, L: Factor, X: Rows<R>, const R: usize, const C: usize> Twos<'a, L, X, R
         }
     }
 
+    /// Adds the products of the first inputs of some pairs of a block, and of the input without another if the block is not full.
+    #[inline(always)]
+    fn add_even<I: Isa>(&self, isa: I, pairs: Range<usize>, fetch: impl Fetch, sums: &mut Sums<I, R, C>) {
+        let is_full = pairs.len() == BLOCK / 2;
+        for i in pairs {
+            fetch.fetch(isa, &self.lines, i);
+            self.add(isa, i, 0, sums);
+        }
+        if !is_full {
+            self.add_rest(isa, sums);
+        }
+    }
+
+    /// Adds the products of the second inputs of some pairs.
+    #[inline(always)]
+    fn add_odd<I: Isa>(&self, isa: I, pairs: Range<usize>, sums: &mut Sums<I, R, C>) {
+        for i in pairs {
+            self.add(isa, i, 1, sums);
+        }
+    }
+
     /// Adds the products of an input without another.
     #[inline(always)]
     fn add_rest<I: Isa>(&self, isa: I, sums: &mut Sums<I, R, C>) {
@@ -215,24 +236,17 @@ pub(super) fn alternate<I: Isa, L: Factor, const R: usize, const C: usize, X: Ro
     for from in (0..rows.inputs().div_ceil(2)).step_by(BLOCK / 2) {
         let end = twos.count.min(from + BLOCK / 2);
         let (mut even, mut odd) = ([[isa.load(&[0.0; LANES]); C]; R], [[isa.load(&[0.0; LANES]); C]; R]);
-        for i in from..end {
-            fetch.fetch(isa, &twos.lines, i);
-            twos.add(isa, i, 0, &mut even);
-        }
-        if end < from + BLOCK / 2 {
-            twos.add_rest(isa, &mut even);
-        }
+        twos.add_even(isa, from..end, fetch, &mut even);
         // To memory, where the compiler would otherwise keep what the next loop has registers for.
         let even = black_box(even);
         black_box(&mut *sums);
-        for i in from..end {
-            twos.add(isa, i, 1, &mut odd);
-        }
+        twos.add_odd(isa, from..end, &mut odd);
         both(isa, even, odd, sums);
     }
 }
 
-/// Adds the products of the even inputs to the first sums and those of the odd ones to the others, which [`both`] joins.
+/// Adds the products of the even inputs, of less than a block of them, to the first sums and those of the odd ones to the others, which
+/// [`both`] joins.
 #[inline(always)]
 pub(super) fn apart<I: Isa, L: Factor, const R: usize, const C: usize, X: Rows<R>>(
     isa: I,
@@ -241,13 +255,9 @@ pub(super) fn apart<I: Isa, L: Factor, const R: usize, const C: usize, X: Rows<R
     [even, odd]: [&mut Sums<I, R, C>; 2],
 ) {
     let twos = Twos::new(rows, panels);
-    for i in 0..twos.count {
-        twos.add(isa, i, 0, even);
-    }
-    twos.add_rest(isa, even);
-    for i in 0..twos.count {
-        twos.add(isa, i, 1, odd);
-    }
+    debug_assert!(twos.count < BLOCK / 2);
+    twos.add_even(isa, 0..twos.count, (), even);
+    twos.add_odd(isa, 0..twos.count, odd);
 }
 
 /// Adds the sums over even and over odd inputs.
