@@ -5,13 +5,13 @@
 //! there are numbers: infinity times 0 is none.
 
 use super::{
-    halves::written,
+    halves::{PairKeys, PairValues},
     inputs::round,
     isa::{Isa, Level, Task},
-    line::{F32, LANES},
-    scratch::{halves, local, values},
+    line::{Dots, F32, LANES},
+    scratch::{brains, halves, local, values},
     span::{Order, Score, Soften, Work},
-    tile::{ROWS, Sums, Tiles, is_wide, tiled},
+    tile::{ROWS, Sums, Tiles, is_wide, multiply, tiled},
 };
 use crate::cache::PAGE;
 use std::{marker::PhantomData, ops::Range};
@@ -20,7 +20,8 @@ impl Work<'_> {
     /// As [`Self::run`], of queries, keys and values that are rounded to bf16.
     pub fn run_in_dots(&mut self, level: Level) {
         self.reset();
-        if self.len == 0 {
+        let seen = self.pages(0..self.queries.len());
+        if seen.is_empty() {
             return;
         }
         let (count, job) = (self.queries.len(), self.job);
@@ -30,29 +31,43 @@ impl Work<'_> {
         local(count * lines, |own| {
             let to = halves(values(own)).chunks_exact_mut(lines * 2 * LANES);
             to.zip(self.queries).for_each(|(to, query)| round(level, job.values_of(query), to));
-            let queries = values(own);
-            for pages in groups {
-                for (first, rows) in strips.clone() {
-                    tiled!(level, rows, self.score_dots(level, first, pages.clone(), queries));
+            let queries = &*values(own);
+            local(self.len / PAGE * self.key_lines(), |keys| {
+                let to = &mut keys[seen.start * self.key_lines()..];
+                level.run(PairKeys { work: self, pages: seen.clone(), to });
+                for pages in groups {
+                    for (first, rows) in strips.clone() {
+                        tiled!(level, rows, self.score_dots(level, first, pages.clone(), (queries, keys)));
+                    }
                 }
-            }
+            });
         });
         level.run(Soften::<true>(self));
         self.hide(&(0..self.len), 2);
-        for panels in panels {
-            for (first, rows) in strips.clone() {
-                tiled!(level, rows, self.sum_dots(level, first, panels.clone()));
+        let depth = seen.len() * PAGE / 2;
+        local(job.dims() / LANES * depth, |lines| {
+            level.run(PairValues { work: self, pages: seen.clone(), to: lines });
+            for panels in panels {
+                for (first, rows) in strips.clone() {
+                    tiled!(level, rows, self.sum_dots(level, first, panels.clone(), &seen, lines));
+                }
             }
-        }
+        });
     }
 
-    fn score_dots<const R: usize, const C: usize>(&mut self, level: Level, first: usize, pages: Range<usize>, queries: &[f32]) {
-        Score::<Pairs, R, C> { work: self, first, pages, queries, order: PhantomData }.at(level);
+    fn score_dots<const R: usize, const C: usize>(&mut self, level: Level, first: usize, pages: Range<usize>, pairs: (&[f32], &[F32])) {
+        Score::<Pairs, R, C> { work: self, first, pages, pairs: Some(pairs), order: PhantomData }.at(level);
     }
 
-    fn sum_dots<const R: usize, const C: usize>(&mut self, level: Level, first: usize, panels: Range<usize>) {
-        let pages = self.pages(first..first + R);
-        level.dots(Sum::<R, C> { work: self, first, panels, pages });
+    fn sum_dots<const R: usize, const C: usize>(
+        &mut self,
+        level: Level,
+        first: usize,
+        panels: Range<usize>,
+        laid: &Range<usize>,
+        lines: &[F32],
+    ) {
+        level.dots(Sum::<R, C> { work: self, first, panels, laid, lines });
     }
 }
 
@@ -63,8 +78,13 @@ impl Order for Pairs {
     const PAIRS: bool = true;
 
     #[inline(always)]
-    fn add<I: Isa, const R: usize, const C: usize>(isa: I, queries: [&[f32]; R], keys: [&[F32]; C], sums: &mut Sums<I, R, C>) {
-        dots(isa, queries, keys, sums);
+    fn add<I: Isa, const R: usize, const C: usize>(isa: I, rows: [&[f32]; R], panels: [&[F32]; C], sums: &mut Sums<I, R, C>) {
+        // A loop, not a closure: that would be compiled for the baseline where it is not inlined.
+        let mut dots = [Dots::of(brains(panels[0])); C];
+        for c in 1..C {
+            dots[c] = Dots::of(brains(panels[c]));
+        }
+        multiply(isa, rows, dots, (), sums);
     }
 }
 
@@ -73,7 +93,9 @@ struct Sum<'a, 'b, const R: usize, const C: usize> {
     work: &'a mut Work<'b>,
     first: usize,
     panels: Range<usize>,
-    pages: Range<usize>,
+    /// The pages whose values are laid out in `lines`.
+    laid: &'a Range<usize>,
+    lines: &'a [F32],
 }
 
 impl<const R: usize, const C: usize> Task for Sum<'_, '_, R, C> {
@@ -90,54 +112,20 @@ impl<const R: usize, const C: usize> Task for Sum<'_, '_, R, C> {
 impl<const R: usize, const C: usize> Tiles for Sum<'_, '_, R, C> {
     #[inline(always)]
     fn tile<I: Isa, const N: usize>(&mut self, isa: I, panel: usize) {
-        let (work, first) = (&mut *self.work, self.first);
-        let job = work.job;
-        let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
-        for page in self.pages.clone() {
-            let mut rows = [&[][..]; R];
-            for r in 0..R {
-                rows[r] = &work.scores[(first + r) * work.len + page * (PAGE / 2)..][..PAGE / 2];
-            }
-            let mut panels = [written(job, work.start / PAGE + page, panel); N];
-            for c in 1..N {
-                panels[c] = written(job, work.start / PAGE + page, panel + c);
-            }
-            dots(isa, rows, panels, &mut sums);
-        }
-        work.keep(isa, first, panel, &sums);
-    }
-}
-
-/// Adds the products of rows of pairs with panels of bf16 values, held as f32.
-#[inline(always)]
-fn dots<I: Isa, const R: usize, const C: usize>(isa: I, rows: [&[f32]; R], panels: [&[F32]; C], sums: &mut Sums<I, R, C>) {
-    // Loops, not closures: those would be compiled for the baseline where they are not inlined.
-    let (mut twos, count) = ([panels[0].as_chunks::<2>().0; C], panels[0].len());
-    for c in 0..C {
-        twos[c] = &panels[c].as_chunks().0[..count / 2];
-    }
-    let mut pairs = rows;
-    for r in 0..R {
-        pairs[r] = &rows[r][..count / 2];
-    }
-    for i in 0..count / 2 {
-        let mut lines = [isa.load(&[0.0; LANES]); C];
-        for c in 0..C {
-            let [first, second] = &twos[c][i];
-            lines[c] = isa.couple(isa.load(&first.0), isa.load(&second.0));
-        }
+        let &mut Self { ref mut work, first, laid, lines, .. } = self;
+        let pages = work.pages(first..first + R);
+        // Queries that see nothing here begin at its end.
+        let (from, pairs) = (pages.start.min(laid.end) - laid.start, pages.len() * PAGE / 2);
+        let mut rows = [&[][..]; R];
         for r in 0..R {
-            for c in 0..C {
-                sums[r][c] = isa.dot(lines[c], pairs[r][i], sums[r][c]);
-            }
+            rows[r] = &work.scores[(first + r) * work.len + pages.start * (PAGE / 2)..][..pairs];
         }
-    }
-    if !count.is_multiple_of(2) {
-        for c in 0..C {
-            let line = isa.couple(isa.load(&panels[c][count - 1].0), isa.load(&[0.0; LANES]));
-            for r in 0..R {
-                sums[r][c] = isa.dot(line, rows[r][count / 2], sums[r][c]);
-            }
+        let mut panels = [&lines[..0]; N];
+        for c in 0..N {
+            panels[c] = &lines[((panel + c) * laid.len() + from) * (PAGE / 2)..][..pairs];
         }
+        let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
+        Pairs::add(isa, rows, panels, &mut sums);
+        work.keep(isa, first, panel, &sums);
     }
 }

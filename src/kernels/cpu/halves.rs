@@ -56,7 +56,7 @@ impl Work<'_> {
 
     fn score_few<const R: usize, const C: usize>(&mut self, level: Level, first: usize, positions: &Range<usize>) {
         let pages = positions.start / PAGE..positions.end / PAGE;
-        Score::<Alternate, R, C> { work: self, first, pages, queries: &[], order: PhantomData }.at(level);
+        Score::<Alternate, R, C> { work: self, first, pages, pairs: None, order: PhantomData }.at(level);
     }
 
     fn sum_few<const R: usize, const C: usize>(&mut self, level: Level, first: usize, positions: &Range<usize>) {
@@ -64,6 +64,11 @@ impl Work<'_> {
             level.run(RoundHere(&mut weights[positions.clone()]));
         }
         level.run(Sum::<R, C> { work: self, first, positions });
+    }
+
+    /// Lines of the keys of a page that are laid out for units.
+    pub fn key_lines(&self) -> usize {
+        self.job.attention.head_dim.next_multiple_of(BLOCK) / 2
     }
 
     /// Makes the weights of all queries 0 on pages of which they see nothing. So many lie together.
@@ -78,14 +83,11 @@ impl Work<'_> {
 
     /// The products of all queries with the keys of `positions`.
     fn score_in_halves(&mut self, level: Level, positions: &Range<usize>) {
-        let Self { job, start, len, queries, .. } = *self;
+        let Self { job, len, queries, .. } = *self;
         let dim = job.attention.head_dim;
-        let (count, stride) = (positions.len() / PAGE, dim.next_multiple_of(BLOCK) / 2);
-        local(count * stride, |keys| {
-            for (page, to) in (positions.start / PAGE..).zip(keys.chunks_exact_mut(stride)) {
-                let from = &job.row.store.page(start / PAGE + page).keys(job.layer, job.head)[..dim];
-                level.run(Pair { from, to });
-            }
+        let pages = positions.start / PAGE..positions.end / PAGE;
+        local(pages.len() * self.key_lines(), |keys| {
+            level.run(PairKeys { work: self, pages, to: keys });
             let y = Shares::new(&mut self.scores[positions.start..]);
             let x = |i: usize| job.values_of(&queries[i]);
             // SAFETY: nobody else knows these scores.
@@ -97,15 +99,11 @@ impl Work<'_> {
 
     /// The sums of the values of `positions`, with the weights of all queries.
     fn sum_in_halves(&mut self, level: Level, positions: &Range<usize>) {
-        let Self { job, start, len, queries, .. } = *self;
+        let Self { job, len, queries, .. } = *self;
         let (dims, stride, depth) = (job.dims(), job.stride(), positions.len().next_multiple_of(BLOCK) / 2);
         local(dims / LANES * depth, |lines| {
-            for (panel, to) in lines.chunks_exact_mut(depth).enumerate() {
-                to[positions.len() / 2..].fill(F32::ZERO);
-                for (page, to) in (positions.start / PAGE..positions.end / PAGE).zip(to.chunks_exact_mut(PAGE / 2)) {
-                    level.run(Pair { from: written(job, start / PAGE + page, panel), to });
-                }
-            }
+            let pages = positions.start / PAGE..positions.end / PAGE;
+            level.run(PairValues { work: self, pages, to: lines });
             local(queries.len() * dims / LANES, |sums| {
                 let sums = values(sums);
                 let y = Shares::new(sums);
@@ -178,30 +176,65 @@ impl Order for Alternate {
 }
 
 /// The values of a page that are written; of others it may hold anything.
-pub(super) fn written<'a>(job: &Job<'a>, page: usize, panel: usize) -> &'a [F32] {
+fn written<'a>(job: &Job<'a>, page: usize, panel: usize) -> &'a [F32] {
     let count = job.row.len().saturating_sub(page * PAGE).min(PAGE);
     &job.row.store.page(page).values(job.layer, job.head, panel)[..count]
 }
 
-/// Lays lines of bf16 values, held as f32, together two by two.
-struct Pair<'a> {
-    from: &'a [F32],
-    to: &'a mut [F32],
+/// Lays the keys of pages out two dimensions together, [`Work::key_lines`] of each page.
+pub(super) struct PairKeys<'a, 'b> {
+    pub work: &'a Work<'b>,
+    pub pages: Range<usize>,
+    pub to: &'a mut [F32],
 }
 
-impl Task for Pair<'_> {
+impl Task for PairKeys<'_, '_> {
     type Out = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let (twos, last) = self.from.as_chunks();
-        let (to, rest) = self.to.split_at_mut(twos.len());
-        for (to, [first, second]) in to.iter_mut().zip(twos) {
-            isa.store(isa.couple(isa.load(&first.0), isa.load(&second.0)), &mut to.0);
+        let Work { job, start, .. } = *self.work;
+        for (page, to) in self.pages.clone().zip(self.to.chunks_exact_mut(self.work.key_lines())) {
+            self.work.ask(isa, &self.pages, page + 1, 1);
+            pair(isa, &job.row.store.page(start / PAGE + page).keys(job.layer, job.head)[..job.attention.head_dim], to);
         }
-        rest.fill(F32::ZERO);
-        if let ([to, ..], [last]) = (rest, last) {
-            isa.store(isa.couple(isa.load(&last.0), isa.load(&F32::ZERO.0)), &mut to.0);
+    }
+}
+
+/// Lays the values of pages out two positions together, a panel after another; zeros for what is not written, and after the pages.
+pub(super) struct PairValues<'a, 'b> {
+    pub work: &'a Work<'b>,
+    pub pages: Range<usize>,
+    pub to: &'a mut [F32],
+}
+
+impl Task for PairValues<'_, '_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Work { job, start, .. } = *self.work;
+        let depth = self.to.len() / (job.dims() / LANES);
+        for (panel, to) in self.to.chunks_exact_mut(depth).enumerate() {
+            let (to, rest) = to.split_at_mut(self.pages.len() * PAGE / 2);
+            for (page, to) in self.pages.clone().zip(to.chunks_exact_mut(PAGE / 2)) {
+                pair(isa, written(job, start / PAGE + page, panel), to);
+            }
+            rest.fill(F32::ZERO);
         }
+    }
+}
+
+/// Lays lines of bf16 values, held as f32, together two by two.
+#[inline(always)]
+fn pair<I: Isa>(isa: I, from: &[F32], to: &mut [F32]) {
+    let (twos, last) = from.as_chunks();
+    let (to, rest) = to.split_at_mut(twos.len());
+    for (to, [first, second]) in to.iter_mut().zip(twos) {
+        isa.store(isa.couple(isa.load(&first.0), isa.load(&second.0)), &mut to.0);
+    }
+    rest.fill(F32::ZERO);
+    if let ([to, ..], [last]) = (rest, last) {
+        isa.store(isa.couple(isa.load(&last.0), isa.load(&F32::ZERO.0)), &mut to.0);
     }
 }

@@ -10,7 +10,8 @@ use super::{
 };
 use std::ops::Range;
 
-/// Inputs of [`Bands::most`] rows that stay in the second-level cache (240 kB) while all panels pass by.
+/// Inputs of [`Bands::most`] rows that stay in the second-level cache while all panels pass by: 640 kB where vectors are wide and this
+/// cache has 1 MB or more, 240 kB elsewhere.
 const DEPTH: usize = 640;
 
 /// A product, in AMX's order ([`alternate`]) if `AMX`: then of whole blocks of inputs.

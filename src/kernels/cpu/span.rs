@@ -115,7 +115,7 @@ impl Work<'_> {
 
     /// The products of `R` queries with those of the pages that one of them sees, a page being a panel of 16 positions.
     fn score<const R: usize, const C: usize>(&mut self, level: Level, first: usize, pages: Range<usize>) {
-        Score::<Ascending, R, C> { work: self, first, pages, queries: &[], order: PhantomData }.at(level);
+        Score::<Ascending, R, C> { work: self, first, pages, pairs: None, order: PhantomData }.at(level);
     }
 
     /// The sums of `panels` of the values, with the weights of `R` queries.
@@ -148,8 +148,8 @@ pub(super) struct Score<'a, 'b, O, const R: usize, const C: usize> {
     pub work: &'a mut Work<'b>,
     pub first: usize,
     pub pages: Range<usize>,
-    /// All queries, in whole lines, where those of the pass are not what is multiplied.
-    pub queries: &'a [f32],
+    /// All queries in whole lines, and all keys, [`Work::key_lines`] of each page, where those of the pass are not what is multiplied.
+    pub pairs: Option<(&'a [f32], &'a [F32])>,
     pub order: PhantomData<O>,
 }
 
@@ -168,7 +168,9 @@ impl<O: Order, const R: usize, const C: usize> Task for Score<'_, '_, O, R, C> {
     fn run<I: Isa>(mut self, isa: I) {
         let seen = self.work.pages(self.first..self.first + R);
         self.pages = self.pages.start.max(seen.start)..self.pages.end.min(seen.end);
-        self.work.ask(isa, &self.pages, self.pages.start, C);
+        if self.pairs.is_none() {
+            self.work.ask(isa, &self.pages, self.pages.start, C);
+        }
         self.walk::<I, C>(isa, self.pages.clone());
     }
 }
@@ -176,20 +178,28 @@ impl<O: Order, const R: usize, const C: usize> Task for Score<'_, '_, O, R, C> {
 impl<O: Order, const R: usize, const C: usize> Tiles for Score<'_, '_, O, R, C> {
     #[inline(always)]
     fn tile<I: Isa, const N: usize>(&mut self, isa: I, page: usize) {
-        self.work.ask(isa, &self.pages, page + N, N);
-        let (work, first) = (&mut *self.work, self.first);
-        let (job, width) = (work.job, self.queries.len() / work.queries.len());
-        let mut rows = [&self.queries[..0]; R];
-        for r in 0..R {
-            rows[r] = match O::PAIRS {
-                true => &self.queries[(first + r) * width..][..width],
-                false => job.values_of(&work.queries[first + r]),
-            };
-        }
-        let keys = |c| job.row.store.page(work.start / PAGE + page + c).keys(job.layer, job.head);
-        let mut panels = [keys(0); N];
-        for c in 1..N {
-            panels[c] = keys(c);
+        let Self { ref mut work, first, pairs, .. } = *self;
+        let (job, dim) = (work.job, work.job.attention.head_dim);
+        let (mut rows, mut panels) = ([&[][..]; R], [&[][..]; N]);
+        match pairs {
+            Some((queries, keys)) => {
+                let width = queries.len() / work.queries.len();
+                for r in 0..R {
+                    rows[r] = &queries[(first + r) * width..][..dim.div_ceil(2)];
+                }
+                for c in 0..N {
+                    panels[c] = &keys[(page + c) * work.key_lines()..][..dim.div_ceil(2)];
+                }
+            }
+            None => {
+                work.ask(isa, &self.pages, page + N, N);
+                for r in 0..R {
+                    rows[r] = job.values_of(&work.queries[first + r]);
+                }
+                for c in 0..N {
+                    panels[c] = job.row.store.page(work.start / PAGE + page + c).keys(job.layer, job.head);
+                }
+            }
         }
         let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
         O::add(isa, rows, panels, &mut sums);

@@ -61,7 +61,8 @@ pub(super) struct Bands {
 impl Bands {
     /// For products by vectors of many rows.
     pub(super) fn of(level: Level) -> Self {
-        Self { most: 96, step: ROWS, panels: if level.is_wide() { 4 } else { 1 }, group: 8 }
+        let (most, panels) = if level.is_wide() { (256, 4) } else { (96, 1) };
+        Self { most, step: ROWS, panels, group: 8 }
     }
 }
 
