@@ -31,7 +31,7 @@ impl Amx {
 
     /// How rows are cut: up to 256 of 2048 inputs stay in the second-level cache (1 MB of 2) while panels pass by.
     pub(super) fn bands(self) -> Bands {
-        Bands { most: 256, step: 2 * ROWS, panels: 2, group: 8 }
+        Bands { most: 256, least: 128, step: 2 * ROWS, panels: 2, group: 8 }
     }
 
     /// Computes the outputs of `block`. Tiles are loaded and stored by cache lines, so rows of `x` and of outputs should begin at them.

@@ -67,22 +67,30 @@ pub(super) fn write(
     rows: &mut [Span<&mut Pages>],
 ) -> Result<()> {
     let (dim, kv_heads) = (attention.head_dim, attention.kv_heads);
+    // All pages that are written to, with the row's token that is the first of theirs, and the positions from there on.
+    let mut pages = Vec::with_capacity(rows.len());
     for row in rows {
-        let (start, end) = (row.store.len(), row.store.len() + row.count);
         debug_assert_eq!((row.store.shape().kv_heads, row.store.shape().head_dim), (kv_heads, dim));
-        // Writing a key across a page's lines costs about 8 multiply-adds a value.
-        ops.team.chunks(row.store.tail(row.count)?, 1, PAGE.min(row.count) * kv_heads * dim * 8, |i, page| {
-            let first = (start / PAGE + i) * PAGE;
-            let page = Arc::make_mut(&mut page[0]);
-            for position in start.max(first)..end.min(first + PAGE) {
-                let token = &x[(row.first + position - start) * width..][..width];
+        let (start, end) = (row.store.len(), row.store.len() + row.count);
+        for (page, first) in row.store.tail(row.count)?.iter_mut().zip((start / PAGE * PAGE..).step_by(PAGE)) {
+            let positions = start.max(first)..end.min(first + PAGE);
+            pages.push((page, row.first + positions.start - start, positions.start - first..positions.end - first));
+        }
+    }
+    let most = pages.iter().map(|(.., positions)| positions.len()).max().unwrap_or_default();
+    // A key goes to as many cache lines as it has values, which costs as much as some 32 multiply-adds each.
+    ops.team.chunks(&mut pages, 1, most * kv_heads * dim * 32, |_, pages| {
+        for (page, token, positions) in pages {
+            let page = Arc::make_mut(page);
+            for (token, position) in (*token..).zip(positions.clone()) {
+                let token = &x[token * width..][..width];
                 let (keys, values) = token[width - 2 * kv_heads * dim..].split_at(kv_heads * dim);
                 for (head, (key, value)) in keys.chunks(dim).zip(values.chunks(dim)).enumerate() {
-                    page.write(layer, head, position - first, key, value);
+                    page.write(layer, head, position, key, value);
                 }
             }
-        });
-    }
+        }
+    });
     Ok(())
 }
 

@@ -50,6 +50,8 @@ pub(super) struct Cut {
 pub(super) struct Bands {
     /// Rows that are computed together, at most.
     pub most: usize,
+    /// How few they may become so that there are enough pieces for many threads.
+    pub least: usize,
     /// Rows of a tile.
     pub step: usize,
     /// Panels of a tile.
@@ -62,7 +64,7 @@ impl Bands {
     /// For products by vectors of many rows.
     pub(super) fn of(level: Level) -> Self {
         let (most, panels) = if level.is_wide() { (256, 4) } else { (96, 1) };
-        Self { most, step: ROWS, panels, group: 8 }
+        Self { most, least: 96, step: ROWS, panels, group: 8 }
     }
 }
 
@@ -120,7 +122,6 @@ impl<'a> Target<'a> {
     /// How all outputs are cut.
     fn cut(&self, team: &Team, inputs: usize, bytes: usize, bands: &Bands) -> Cut {
         let (rows, panels) = (self.rows, self.width.div_ceil(LANES));
-        let count = rows.div_ceil(bands.most).max(1);
         let wanted = match team.worth(self.width * inputs * rows) {
             1 => 1,
             // Some more pieces than threads, which are not equally fast.
@@ -135,7 +136,10 @@ impl<'a> Target<'a> {
             Then::Gate(..) => step.next_multiple_of(2),
             _ => step,
         };
-        Cut { bands: count, chunks: wanted.div_ceil(count).min(panels.div_ceil(step).max(1)), step }
+        // Narrow outputs have too few panels for many threads, but can have more bands.
+        let chunks = panels.div_ceil(step).max(1);
+        let count = rows.div_ceil(bands.most).max(wanted.div_ceil(chunks).min(rows / bands.least)).max(1);
+        Cut { bands: count, chunks: wanted.div_ceil(count).min(chunks), step }
     }
 
     /// Adds the bias to outputs that are written, and notes peaks.
@@ -316,3 +320,26 @@ fn load<I: Isa, const C: usize>(isa: I, lines: &[[f32; LANES]; C]) -> [I::Lanes;
 
 /// Bytes of a stream of weights that are worth a piece of their own.
 const STREAM: usize = 128 << 10;
+
+#[cfg(test)]
+mod tests {
+    use super::{super::ops, *};
+
+    #[test]
+    fn bands_become_smaller_for_more_threads() {
+        let (bands, next) = (Bands { most: 256, least: 96, step: ROWS, panels: 4, group: 8 }, Arc::default());
+        for (threads, rows, width, expected) in [
+            (2, 512, 576, (2, 8)),
+            (8, 512, 576, (5, 9)),
+            (8, 512, 4096, (2, 32)),
+            (8, 100, 576, (1, 9)),
+            (2, 200, 576, (2, 8)),
+            (1, 512, 576, (2, 1)),
+            (8, 6, 576, (1, 18)),
+        ] {
+            let target = Target::new(rows, width, None, &next, Then::Write(Shares::new(&mut [])));
+            let cut = target.cut(&ops(Level::PORTABLE, threads).team, 576, 576 * 64, &bands);
+            assert_eq!((cut.bands, cut.chunks), expected, "{threads} threads, {rows} rows of {width}");
+        }
+    }
+}
