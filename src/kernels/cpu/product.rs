@@ -6,13 +6,18 @@ use super::{
     line::{BLOCK, F32, Factor, LANES},
     scratch::local,
     target::{Bands, Place, Target},
-    tile::{Fetch, Next, ROWS, Soon, Sums, Tiles, alternate, is_wide, multiply, tiled},
+    tile::{Beside, Fetch, Next, ROWS, Soon, Sums, Tiles, alternate, is_wide, multiply, tiled},
 };
 use std::ops::Range;
 
 /// Inputs of [`Bands::most`] rows that stay in the second-level cache while all panels pass by: 640 kB where vectors are wide and this
 /// cache has 1 MB or more, 240 kB elsewhere.
 const DEPTH: usize = 640;
+
+/// Strips up to which each widens the lines that it reads, which costs less than to write them down first; with wide vectors.
+const DIRECT: usize = 8;
+/// And without.
+const DIRECT_NARROW: usize = 3;
 
 /// A product, in AMX's order ([`alternate`]) if `AMX`: then of whole blocks of inputs.
 pub(super) struct Product<'a, L, const AMX: bool> {
@@ -46,23 +51,34 @@ impl<L: Factor, const AMX: bool> Product<'_, L, AMX> {
         let few = band.len() <= ROWS;
         let depth = if few { inputs } else { inputs.div_ceil(inputs.div_ceil(DEPTH)).next_multiple_of(BLOCK) };
         let group = if few { panels.len().max(1) } else { Bands::of(level).panels };
+        let is_direct = band.len() <= ROWS * if level.is_wide() { DIRECT } else { DIRECT_NARROW };
         for from in (0..inputs).step_by(depth) {
-            let depth = from..inputs.min(from + depth);
+            let inputs = from..inputs.min(from + depth);
             for panel in panels.clone().step_by(group) {
-                let group = panel..panels.end.min(panel + group);
+                let all = panel..panels.end.min(panel + group);
+                let next = match () {
+                    () if all.end < panels.end => Some((all.end, from)),
+                    () if inputs.end < self.inputs => Some((panels.start, inputs.end)),
+                    () => place.goes_on().then_some((panels.end, 0)),
+                };
+                let group = Group {
+                    band: band.clone(),
+                    panels: all.clone(),
+                    inputs: inputs.clone(),
+                    next: next.map(|(panel, input)| self.beside(panel, input, all.len())),
+                };
                 // SAFETY: the rows and outputs are those of this block.
                 unsafe {
-                    if few || L::IS_PLAIN {
-                        let lines = &self.lines[panel * stride + from / L::INPUTS..group.end * stride];
-                        self.strips(lines, stride, band.clone(), group, depth.clone(), place);
+                    if L::IS_PLAIN || is_direct {
+                        self.strips(&self.lines[panel * stride + from / L::INPUTS..all.end * stride], stride, &group, place);
                     } else {
                         // Widened once for all strips.
-                        local(group.len() * depth.len(), |wide| {
-                            for (panel, wide) in group.clone().zip(wide.chunks_exact_mut(depth.len())) {
+                        local(all.len() * inputs.len(), |wide| {
+                            for (panel, wide) in all.zip(wide.chunks_exact_mut(inputs.len())) {
                                 let lines = &self.lines[panel * stride..][from / L::INPUTS..];
                                 level.run(Widen { lines, wide });
                             }
-                            self.strips(wide, depth.len(), band.clone(), group, depth.clone(), place);
+                            self.strips(wide, inputs.len(), &group, place);
                         });
                     }
                 }
@@ -70,36 +86,46 @@ impl<L: Factor, const AMX: bool> Product<'_, L, AMX> {
         }
     }
 
-    /// Adds the products of `inputs` to the outputs of `panels`, whose lines for them begin at multiples of `stride`, for the rows `band`.
+    /// Where the lines of so many panels are from an input on.
+    fn beside(&self, panel: usize, input: usize, count: usize) -> Beside {
+        let from = self.lines.as_ptr().wrapping_add(panel * self.stride + input / L::INPUTS).cast();
+        Beside { from, panel: self.stride * size_of::<L>(), count, pair: 2 * size_of::<L>() / L::INPUTS }
+    }
+
+    /// Adds the products of `group`, whose panels' lines begin at multiples of `stride`.
     ///
     /// # Safety
     /// As of [`Self::block`].
-    unsafe fn strips<M: Factor>(
-        &self,
-        lines: &[M],
-        stride: usize,
-        band: Range<usize>,
-        panels: Range<usize>,
-        inputs: Range<usize>,
-        place: &Place<'_>,
-    ) {
+    unsafe fn strips<M: Factor>(&self, lines: &[M], stride: usize, group: &Group, place: &Place<'_>) {
+        let band = &group.band;
         let (few, whole) = (band.len() <= ROWS, band.len() / ROWS * ROWS);
         for rows in [band.start..band.start + whole, band.start + whole..band.end] {
             if rows.is_empty() {
                 continue;
             }
-            let (count, panels, inputs) = (rows.len().min(ROWS), panels.clone(), inputs.clone());
-            let sweep = Sweep::<M, AMX> { x: self.x, width: self.inputs, place, lines, stride, rows, panels, inputs };
+            let count = rows.len().min(ROWS);
+            let sweep = Sweep::<M, AMX> { x: self.x, width: self.inputs, place, lines, stride, group, rows };
             match few {
                 true if self.level.is_one_stream() => tiled!(self.level, count, sweep.stream(self.level)),
-                _ => tiled!(self.level, count, sweep.run(self.level, few)),
+                true => tiled!(self.level, count, sweep.run(self.level)),
+                false => tiled!(self.level, count, sweep.again(self.level)),
             }
         }
     }
 }
 
-/// Adds the products of `inputs` to the outputs of `panels` for some rows: strips of [`ROWS`], or a last one of fewer. No other thread
-/// accesses these outputs meanwhile.
+/// Panels that are at hand together, and what they are multiplied with.
+struct Group {
+    /// Rows.
+    band: Range<usize>,
+    panels: Range<usize>,
+    inputs: Range<usize>,
+    /// The panels that follow.
+    next: Option<Beside>,
+}
+
+/// Adds the products of a group to the outputs for some of its rows: strips of [`ROWS`], or a last one of fewer. No other thread accesses
+/// these outputs meanwhile.
 struct Sweep<'a, L, const AMX: bool> {
     /// Of all rows.
     x: &'a [f32],
@@ -108,16 +134,32 @@ struct Sweep<'a, L, const AMX: bool> {
     place: &'a Place<'a>,
     lines: &'a [L],
     stride: usize,
+    group: &'a Group,
     rows: Range<usize>,
-    panels: Range<usize>,
-    inputs: Range<usize>,
 }
 
 impl<L: Factor, const AMX: bool> Sweep<'_, L, AMX> {
-    fn run<const R: usize, const C: usize>(&self, level: Level, is_read_once: bool) {
-        // Lines that are read once: where they come in one stream or block by block, or vectors are wide, the processor does not look far
-        // enough ahead.
-        match is_read_once && (C == 1 || AMX || level.is_wide()) {
+    /// Lines that are read for several strips.
+    fn again<const R: usize, const C: usize>(&self, level: Level) {
+        match self.group.next {
+            Some(_) => self.columns::<R, C, BESIDE>(level),
+            None => self.columns::<R, C, NEVER>(level),
+        }
+    }
+
+    /// What the strip of rows from `row` on asks for: as large a part of the panels that follow as it is of the band.
+    #[inline(always)]
+    fn part<const R: usize>(&self, row: usize) -> Option<Beside> {
+        let (next, band) = (self.group.next?, &self.group.band);
+        let before = |row| next.count * (row - band.start) / band.len();
+        let (first, count) = (before(row), before(row + R) - before(row));
+        (count > 0).then(|| Beside { from: next.from.wrapping_add(first * next.panel), count, ..next })
+    }
+
+    /// Lines that are read once.
+    fn run<const R: usize, const C: usize>(&self, level: Level) {
+        // Where they come in one stream or block by block, or vectors are wide, the processor does not look far enough ahead.
+        match C == 1 || AMX || level.is_wide() {
             true => self.columns::<R, C, SOON>(level),
             false => self.columns::<R, C, NEVER>(level),
         }
@@ -131,7 +173,7 @@ impl<L: Factor, const AMX: bool> Sweep<'_, L, AMX> {
         match 2 * self.stride * size_of::<L>() <= most {
             true => self.columns::<R, 2, NEXT>(level),
             false if R == 1 => self.columns::<R, 2, SOON>(level),
-            false => self.run::<R, C>(level, true),
+            false => self.run::<R, C>(level),
         }
     }
 
@@ -143,10 +185,11 @@ impl<L: Factor, const AMX: bool> Sweep<'_, L, AMX> {
     }
 }
 
-/// Which lines a tile asks for: none, those that come soon after, those of the next tile.
+/// Which lines a tile asks for: none, those that come soon after, those of the next tile, a strip's part of the panels that follow.
 const NEVER: u8 = 0;
 const SOON: u8 = 1;
 const NEXT: u8 = 2;
+const BESIDE: u8 = 3;
 
 /// Strips of `R` rows, `C` panels at a time, and the first row of the one at hand.
 struct Columns<'a, L, const R: usize, const C: usize, const AHEAD: u8, const AMX: bool>(&'a Sweep<'a, L, AMX>, usize);
@@ -155,13 +198,13 @@ impl<L: Factor, const R: usize, const C: usize, const AHEAD: u8, const AMX: bool
     type Out = ();
     const NARROW: bool = !is_wide(R, C) && AHEAD != NEXT;
     // Two panels that ask ahead are also those of `Sweep::stream`.
-    const WIDE: bool = is_wide(R, C) || AHEAD != NEVER && C == 2;
+    const WIDE: bool = is_wide(R, C) || (AHEAD == SOON || AHEAD == NEXT) && C == 2;
 
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
         for row in self.0.rows.clone().step_by(R) {
             self.1 = row;
-            self.walk::<I, C>(isa, self.0.panels.clone());
+            self.walk::<I, C>(isa, self.0.group.panels.clone());
         }
     }
 }
@@ -169,7 +212,7 @@ impl<L: Factor, const R: usize, const C: usize, const AHEAD: u8, const AMX: bool
 impl<L: Factor, const R: usize, const C: usize, const AHEAD: u8, const AMX: bool> Tiles for Columns<'_, L, R, C, AHEAD, AMX> {
     #[inline(always)]
     fn tile<I: Isa, const N: usize>(&mut self, isa: I, panel: usize) {
-        let Self(&Sweep { x, width, place, lines, stride, ref panels, ref inputs, .. }, row) = *self;
+        let Self(&Sweep { x, width, place, lines, stride, group: Group { panels, inputs, .. }, .. }, row) = *self;
         let (first, is_last) = (panel - panels.start, panel + N == panels.end);
         let mut sums = [[isa.load(&[0.0; LANES]); N]; R];
         let rows = &x[row * width..][..R * width].as_chunks::<R>().0[inputs.clone()];
@@ -189,6 +232,7 @@ impl<L: Factor, const R: usize, const C: usize, const AHEAD: u8, const AMX: bool
                 let next = panels[0].as_ptr().wrapping_add(if is_last && !place.goes_on() { 0 } else { N * stride });
                 add::<I, L, R, N, AMX>(isa, rows, panels, Next(next.cast()), &mut sums);
             }
+            BESIDE => add::<I, L, R, N, AMX>(isa, rows, panels, self.0.part::<R>(row), &mut sums),
             SOON => add::<I, L, R, N, AMX>(isa, rows, panels, Soon((N - 1) * stride * size_of::<L>()), &mut sums),
             _ => add::<I, L, R, N, AMX>(isa, rows, panels, (), &mut sums),
         }

@@ -108,6 +108,7 @@ impl<'a> Target<'a> {
             }
             let group = if rows.len() > ROWS { bands.group } else { panels.len().max(1) };
             for panel in panels.clone().step_by(group) {
+                let goes_on = goes_on || panel + group < panels.end;
                 let panels = panel..panels.end.min(panel + group);
                 local(rows.len() * panels.len(), |own| {
                     let (y, width) = (Shares::new(values(own)), panels.len() * LANES);
@@ -335,7 +336,7 @@ mod tests {
             (8, 100, 576, (1, 9)),
             (2, 200, 576, (2, 8)),
             (1, 512, 576, (2, 1)),
-            (8, 6, 576, (1, 18)),
+            (8, 6, 576, (1, 8)),
         ] {
             let target = Target::new(rows, width, None, &next, Then::Write(Shares::new(&mut [])));
             let cut = target.cut(&ops(Level::PORTABLE, threads).team, 576, 576 * 64, &bands);

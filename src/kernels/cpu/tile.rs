@@ -119,6 +119,27 @@ impl Fetch for Next {
     }
 }
 
+/// What lies at the same place in some panels, so many bytes apart.
+#[derive(Clone, Copy)]
+pub(super) struct Beside {
+    pub from: *const u8,
+    pub panel: usize,
+    pub count: usize,
+    /// Bytes of two inputs.
+    pub pair: usize,
+}
+
+impl Fetch for Option<Beside> {
+    #[inline(always)]
+    fn fetch<I: Isa, P, const C: usize>(self, isa: I, _: &[&[P]; C], i: usize) {
+        if let Some(Beside { from, panel, count, pair }) = self {
+            for n in 0..count {
+                lines(isa, from.wrapping_add(n * panel + i * pair), pair);
+            }
+        }
+    }
+}
+
 #[inline(always)]
 fn lines<I: Isa>(isa: I, from: *const u8, bytes: usize) {
     for line in (0..bytes).step_by(64) {
