@@ -14,10 +14,11 @@ use std::ops::Range;
 /// cache has 1 MB or more, 240 kB elsewhere.
 const DEPTH: usize = 640;
 
-/// Strips up to which each widens the lines that it reads, which costs less than to write them down first; with wide vectors.
-const DIRECT: usize = 8;
-/// And without.
-const DIRECT_NARROW: usize = 3;
+/// Rows up to which lines take about as long to read as to multiply.
+const SOME: usize = 8 * ROWS;
+
+/// Rows up to which strips each widen the lines that they read, which costs less than to write them down first; without wide vectors.
+const SOME_NARROW: usize = 3 * ROWS;
 
 /// A product, in AMX's order ([`alternate`]) if `AMX`: then of whole blocks of inputs.
 pub(super) struct Product<'a, L, const AMX: bool> {
@@ -51,12 +52,16 @@ impl<L: Factor, const AMX: bool> Product<'_, L, AMX> {
         let few = band.len() <= ROWS;
         let depth = if few { inputs } else { inputs.div_ceil(inputs.div_ceil(DEPTH)).next_multiple_of(BLOCK) };
         let group = if few { panels.len().max(1) } else { Bands::of(level).panels };
-        let is_direct = band.len() <= ROWS * if level.is_wide() { DIRECT } else { DIRECT_NARROW };
+        // Some: what follows is read meanwhile. For one whole strip of lines that are not widened the processor does that itself.
+        let least = if L::IS_PLAIN { 2 * ROWS } else { ROWS + 1 };
+        let reads_on = (least..=SOME).contains(&band.len());
+        let is_direct = L::IS_PLAIN || band.len() <= if level.is_wide() { SOME } else { SOME_NARROW };
         for from in (0..inputs).step_by(depth) {
             let inputs = from..inputs.min(from + depth);
             for panel in panels.clone().step_by(group) {
                 let all = panel..panels.end.min(panel + group);
                 let next = match () {
+                    () if !reads_on => None,
                     () if all.end < panels.end => Some((all.end, from)),
                     () if inputs.end < self.inputs => Some((panels.start, inputs.end)),
                     () => place.goes_on().then_some((panels.end, 0)),
@@ -69,7 +74,7 @@ impl<L: Factor, const AMX: bool> Product<'_, L, AMX> {
                 };
                 // SAFETY: the rows and outputs are those of this block.
                 unsafe {
-                    if L::IS_PLAIN || is_direct {
+                    if is_direct {
                         self.strips(&self.lines[panel * stride + from / L::INPUTS..all.end * stride], stride, &group, place);
                     } else {
                         // Widened once for all strips.
