@@ -67,7 +67,7 @@ pub(super) fn write(
     rows: &mut [Span<&mut Pages>],
 ) -> Result<()> {
     let (dim, kv_heads) = (attention.head_dim, attention.kv_heads);
-    // All pages that are written to, with the row's token that is the first of theirs, and the positions from there on.
+    // Every page that is written to, with the first token that goes there and the positions that it and those after it have in the page.
     let mut pages = Vec::with_capacity(rows.len());
     for row in rows {
         debug_assert_eq!((row.store.shape().kv_heads, row.store.shape().head_dim), (kv_heads, dim));
@@ -78,7 +78,7 @@ pub(super) fn write(
         }
     }
     let most = pages.iter().map(|(.., positions)| positions.len()).max().unwrap_or_default();
-    // A key goes to as many cache lines as it has values, which costs as much as some 32 multiply-adds each.
+    // Each value of a key goes to a cache line of its own, which costs as much as some 32 multiply-adds.
     ops.team.chunks(&mut pages, 1, most * kv_heads * dim * 32, |_, pages| {
         for (page, token, positions) in pages {
             let page = Arc::make_mut(page);
